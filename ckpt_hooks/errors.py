@@ -1,0 +1,190 @@
+"""Every error that this library raises on purpose, as one tree.
+
+Each class is also the builtin that a caller would catch anyway, and each message says what was asked,
+what was found and what to do::
+
+    Exception
+    └── CheckpointError
+        ├── InvalidArgumentError        ValueError         a value that cannot be meant (step -1, trigger 0)
+        ├── InvalidArgumentTypeError    TypeError          a value of the wrong type (step "7")
+        ├── NotSerializableError        TypeError          metadata or metrics that are not JSON
+        ├── UnsupportedLeafError        ValueError         a leaf that no checkpoint can hold, by path
+        ├── NameCollisionError          ValueError         two leaves that would share one name on disk
+        ├── DestinationExistsError      ValueError         something is already there
+        ├── CheckpointNotFoundError     FileNotFoundError  no such checkpoint
+        ├── IncompleteCheckpointError   ValueError         there, but never committed
+        ├── ItemNotFoundError           KeyError           the checkpoint has no item of that name
+        ├── HandlerNotFoundError        KeyError           no handler is registered for an item or args class
+        ├── HandlerExistsError          ValueError         a handler is registered there already
+        ├── MetricNotFoundError         KeyError           no checkpoint recorded that metric
+        ├── StructureMismatchError      ValueError         `like` and the checkpoint differ, leaf by leaf
+        ├── CorruptCheckpointError      ValueError         bytes that are not the ones that were saved
+        │   └── NoValidCheckpointError                     every candidate of a run was rejected
+        ├── UnwritableDirectoryError    OSError            the directory cannot be written
+        ├── DiskFullError               OSError            not enough free space
+        ├── RunLockedError              BlockingIOError    another live process writes to this run
+        ├── BarrierTimeoutError         TimeoutError       a process did not arrive in time
+        └── SaveFailedError             RuntimeError       a background save failed; see ``__cause__``
+
+    SystemExit
+    └── Preempted                       exit code 143      saved as asked by a signal; leaving
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+__all__ = [
+    "BarrierTimeoutError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "DestinationExistsError",
+    "DiskFullError",
+    "HandlerExistsError",
+    "HandlerNotFoundError",
+    "IncompleteCheckpointError",
+    "InvalidArgumentError",
+    "InvalidArgumentTypeError",
+    "ItemNotFoundError",
+    "MetricNotFoundError",
+    "NameCollisionError",
+    "NoValidCheckpointError",
+    "NotSerializableError",
+    "Preempted",
+    "RunLockedError",
+    "SaveFailedError",
+    "StructureMismatchError",
+    "UnsupportedLeafError",
+    "UnwritableDirectoryError",
+]
+
+
+class CheckpointError(Exception):
+    """The base of every error of this library."""
+
+
+class InvalidArgumentError(CheckpointError, ValueError):
+    """An argument has a value that cannot be meant."""
+
+
+class InvalidArgumentTypeError(CheckpointError, TypeError):
+    """An argument has a type that cannot be meant."""
+
+
+class NotSerializableError(CheckpointError, TypeError):
+    """Metadata or metrics hold something that JSON cannot."""
+
+
+class UnsupportedLeafError(CheckpointError, ValueError):
+    """A leaf of the state is of a kind that no checkpoint can hold."""
+
+
+class NameCollisionError(CheckpointError, ValueError):
+    """Two leaves would share one name on disk, so one of them would be lost."""
+
+
+class DestinationExistsError(CheckpointError, ValueError):
+    """Something is already where the checkpoint should go."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint."""
+
+
+class IncompleteCheckpointError(CheckpointError, ValueError):
+    """The directory is there, but it was never committed."""
+
+
+class _NamedKeyError(CheckpointError, KeyError):
+    # KeyError prints the repr of its argument; a message for people must keep its line breaks.
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class ItemNotFoundError(_NamedKeyError):
+    """The checkpoint has no item of that name."""
+
+
+class HandlerNotFoundError(_NamedKeyError):
+    """No handler is registered for that item or args class."""
+
+
+class HandlerExistsError(CheckpointError, ValueError):
+    """A handler is registered there already."""
+
+
+class MetricNotFoundError(_NamedKeyError):
+    """No checkpoint of the run recorded that metric."""
+
+
+class StructureMismatchError(CheckpointError, ValueError):
+    """The checkpoint and the structure to restore into differ; the message lists every leaf."""
+
+
+class CorruptCheckpointError(CheckpointError, ValueError):
+    """What is on disk is not what was saved."""
+
+
+class NoValidCheckpointError(CorruptCheckpointError):
+    """Every checkpoint of the run was tried and rejected; the message has each one's reason."""
+
+
+class UnwritableDirectoryError(CheckpointError, OSError):
+    """The directory cannot be written."""
+
+
+class DiskFullError(CheckpointError, OSError):
+    """There is not enough free space for the checkpoint."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENOSPC, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class RunLockedError(CheckpointError, BlockingIOError):
+    """Another live process is writing to this run."""
+
+
+class BarrierTimeoutError(CheckpointError, TimeoutError):
+    """At least one process did not arrive at a barrier in time."""
+
+
+class SaveFailedError(CheckpointError, RuntimeError):
+    """A save in the background failed; the reason is the ``__cause__``."""
+
+
+class Preempted(SystemExit):
+    """The process was asked to stop, the state has been saved and committed, and it is time to leave.
+
+    Not caught, it ends the process with exit code 143, as a SIGTERM would have; `step` is the step that
+    was saved.
+
+    >>> Preempted(1200).code
+    143
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(143)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"preempted: step {self.step} is saved"
+
+
+def explain_os_error(error: OSError, doing: str) -> OSError:
+    """The same failure, saying which path it concerns and what can be done about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"{doing}: the disk or quota is full ({error.strerror}). Nothing was committed and the partial "
+            "files are removed; free some space, or keep fewer checkpoints (`keep=`)."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        reason = os.strerror(error.errno)
+        return UnwritableDirectoryError(
+            f"{doing}: {reason}. Choose a directory that this process may write."
+        )
+    return error

@@ -1,0 +1,1 @@
+"""Handlers: what saves and restores one kind of item."""

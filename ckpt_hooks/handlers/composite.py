@@ -1,0 +1,332 @@
+"""A checkpoint of named items, each saved and restored by its own handler."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from typing import Any
+
+from etils import epath
+
+from ckpt_hooks.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    HandlerNotFoundError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    ItemNotFoundError,
+)
+from ckpt_hooks.handlers.base import (
+    CheckpointArgs,
+    CheckpointHandler,
+    StagedSave,
+    get_handler_type,
+    get_registered_args_cls,
+    get_registered_handler_cls,
+    recognize_handler,
+    register_with_handler,
+    stage_with,
+)
+from ckpt_hooks.handlers.legacy import recorded_name, wrap_legacy
+from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler
+from ckpt_hooks.metadata import METADATA_FILE, read_step_metadata
+from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.storage.checksums import FileChecksums
+from ckpt_hooks.temporary_paths import FileOptions, NestedTemporaryPath, TemporaryPath, is_temporary
+
+__all__ = ["CompositeArgs", "CompositeCheckpointHandler", "CompositeOptions", "CompositeResults"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompositeOptions:
+    """How the items' directories are made."""
+
+    multiprocessing_options: MultiprocessingOptions = MultiprocessingOptions()
+    temporary_path_class: type[TemporaryPath] = NestedTemporaryPath
+    file_options: FileOptions = FileOptions()
+
+
+class CompositeArgs(CheckpointArgs):
+    """{item: what to save or how to restore it}; read-only, by key or by attribute.
+
+    >>> items = CompositeArgs(params=1, step=2)
+    >>> items.params, items["step"], sorted(items)
+    (1, 2, ['params', 'step'])
+    """
+
+    def __init__(self, **items: Any) -> None:
+        for name in items:
+            if name.startswith("__"):
+                raise InvalidArgumentError(f"item names do not start with two underscores: {name!r}")
+        self.__dict__["_items"] = items
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._items:
+            raise ItemNotFoundError(f"no item {name!r}; there are {sorted(self._items)}")
+        return self._items[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # keeps copy, pickle and doctest from taking items for special methods
+            raise AttributeError(name)
+        return self[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise InvalidArgumentError(f"a Composite is read-only; build a new one to change {name!r}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CompositeArgs) and self._items == other._items
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __and__(self, other: Any) -> CompositeArgs:
+        return type(self)(**{name: value for name, value in self.items() if name in other})
+
+    def __or__(self, other: Mapping[str, Any] | CompositeArgs) -> CompositeArgs:
+        return type(self)(**{**self._items, **dict(other.items())})
+
+    def __repr__(self) -> str:
+        return f"Composite({self._items!r})"
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._items.get(name, default)
+
+    def keys(self) -> KeysView[str]:
+        return self._items.keys()
+
+    def values(self) -> ValuesView[Any]:
+        return self._items.values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._items.items()
+
+
+CompositeResults = CompositeArgs
+
+
+class CompositeCheckpointHandler(CheckpointHandler):
+    """Saves each item into a directory of its own.
+
+    Args:
+      item_names: items whose handlers follow from the args they are first used with.
+      composite_options: how directories are made.
+      handler_registry: handlers by item and args class; not together with the other two forms.
+      items_and_handlers: {item: handler}.
+
+    The handler of an item is, in this order, the one given for it, the registry's for (item, args class), the
+    registry's for (None, args class), and the one that the args class is registered with. The first use pins it.
+    """
+
+    def __init__(
+        self,
+        *item_names: str,
+        composite_options: CompositeOptions | None = None,
+        handler_registry: DefaultCheckpointHandlerRegistry | None = None,
+        **items_and_handlers: Any,
+    ) -> None:
+        if handler_registry is not None and (item_names or items_and_handlers):
+            raise InvalidArgumentError("give a handler_registry, or items and handlers, not both")
+        self._options = composite_options or CompositeOptions()
+        self._registry = handler_registry
+        self._handlers: dict[str, Any] = {
+            name: None if handler is None else wrap_legacy(handler)
+            for name, handler in {**dict.fromkeys(item_names), **items_and_handlers}.items()
+        }
+        self._unfinished: dict[str, TemporaryPath] = {}
+
+    # -------------------------------------------------------------- saving
+
+    def stage(self, args: CompositeArgs) -> StagedSave:
+        staged = {name: self._stage_item(name, args[name]) for name in sorted(args)}
+
+        def begin(directory: epath.Path) -> None:
+            self._unfinished = {name: self._item_path(directory, name) for name in staged}
+            for name, item in staged.items():
+                path = self._unfinished[name].create()
+                if item.begin is not None:
+                    item.begin(path)
+
+        def write(directory: epath.Path) -> None:
+            del directory
+            for name, item in staged.items():
+                item.write(self._unfinished[name].get())
+
+        return StagedSave(write, begin, sum(item.nbytes for item in staged.values()))
+
+    def _stage_item(self, name: str, args: Any) -> StagedSave:
+        if not name or "/" in name or name in (".", "..") or is_temporary(name):
+            raise InvalidArgumentError(f"{name!r} cannot be an item's name: it names a directory of its own")
+        if args is None:
+            raise InvalidArgumentError(f"item {name!r}: nothing to save was given (None)")
+        if not isinstance(args, CheckpointArgs):
+            raise InvalidArgumentTypeError(
+                f"item {name!r}: wrap the value in an args class, such as args.StandardSave(x); got {type(args)}"
+            )
+        try:
+            return stage_with(self._handler_for(name, args), args)
+        except Exception as error:
+            error.add_note(f"while taking item {name!r}")
+            raise
+
+    def save(self, directory: epath.Path, args: CompositeArgs) -> None:
+        staged = self.stage(args)
+        assert staged.begin is not None
+        staged.begin(directory)
+        staged.write(directory)
+
+    def _item_path(self, directory: epath.Path, name: str) -> TemporaryPath:
+        return self._options.temporary_path_class.from_final(
+            directory / name,
+            file_options=self._options.file_options,
+            multiprocessing_options=self._options.multiprocessing_options,
+        )
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Commits the items one after another, each with its own marker."""
+        if not self._unfinished:
+            raise InvalidArgumentError("finalize() called before any items were saved")
+        unfinished, self._unfinished = self._unfinished, {}
+        for name, path in unfinished.items():
+            self._handlers[name].finalize(path.get())
+            path.finalize()
+
+    # -------------------------------------------------------------- restoring
+
+    def restore(self, directory: epath.Path, args: CompositeArgs | None = None) -> CompositeArgs:
+        """The items asked for, or all of them."""
+        checksums = FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE)
+        recorded = self._recorded_handlers(directory)
+        saved = sorted({*_item_directories(directory), *(checksums.items() if checksums else ())})
+        wanted = dict.fromkeys(saved) if args is None or not len(args) else dict(args.items())
+        results = {}
+        for name, item_args in wanted.items():
+            if name not in saved and name not in recorded:
+                raise ItemNotFoundError(f"{directory} has no item {name!r}; there are {saved}")
+            if not os.path.isdir(directory / name):
+                raise CorruptCheckpointError(f"{directory / name} is missing: the item was saved")
+            if checksums is not None:
+                checksums.check(os.fspath(directory), below=name)
+            results[name] = self._restore_item(directory / name, item_args, recorded.get(name), bool(args))
+        return CompositeArgs(**results)
+
+    def _restore_item(self, path: epath.Path, args: Any, recorded: str | None, asked: bool) -> Any:
+        name = path.name
+        if args is None:
+            handler = self._handlers.get(name)
+            if handler is None:
+                handler = self._handler_on_disk(path, recorded, asked)
+            _, restore_cls = get_registered_args_cls(handler)
+            try:
+                args = restore_cls()
+            except TypeError as error:
+                raise InvalidArgumentError(
+                    f"item {name!r}: {restore_cls.__qualname__} cannot be built without arguments; name the item's args"
+                ) from error
+        elif not isinstance(args, CheckpointArgs):
+            raise InvalidArgumentTypeError(f"item {name!r}: wrap the target in an args class; got {type(args)}")
+        else:
+            handler = self._handler_for(name, args)
+        try:
+            return handler.restore(path, args=args)
+        except CheckpointNotFoundError as error:
+            # The item's directory is there, so what lacks in it is damage.
+            raise CorruptCheckpointError(str(error)) from error
+
+    def _recorded_handlers(self, directory: epath.Path) -> Mapping[str, str]:
+        metadata = read_step_metadata(os.fspath(directory))
+        handlers = metadata.item_handlers if metadata else None
+        return handlers if isinstance(handlers, Mapping) else {}
+
+    def metadata(self, directory: epath.Path) -> CompositeArgs:
+        """{item: what its handler tells}; None for an item whose handler is not known or tells nothing."""
+        if not os.path.isdir(directory):
+            raise CheckpointNotFoundError(f"there is no checkpoint at {directory}")
+        step_metadata = read_step_metadata(os.fspath(directory))
+        if step_metadata is not None and isinstance(step_metadata.item_handlers, str):
+            raise InvalidArgumentError(
+                f"{directory} is no composite: it was saved with {step_metadata.item_handlers}"
+            )
+        recorded = self._recorded_handlers(directory)
+        return CompositeArgs(
+            **{name: self._item_metadata(directory / name, recorded.get(name)) for name in _item_directories(directory)}
+        )
+
+    def _item_metadata(self, path: epath.Path, recorded: str | None) -> Any:
+        try:
+            return (self._handlers.get(path.name) or self._handler_on_disk(path, recorded, False)).metadata(path)
+        except (InvalidArgumentError, NotImplementedError):
+            return None
+
+    # -------------------------------------------------------------- handlers
+
+    def _handler_for(self, name: str, args: CheckpointArgs) -> Any:
+        handler = self._handlers.get(name)
+        if handler is None:
+            handler = self._new_handler(name, args)
+            self._handlers[name] = handler
+        if type(args) not in _args_classes(handler) and not self._registry_has(name, args):
+            raise InvalidArgumentError(
+                f"item {name!r}: {type(args).__qualname__} does not match with any registered handler; the item is "
+                f"handled by {type(handler).__qualname__}"
+            )
+        return handler
+
+    def _registry_has(self, name: str, args: CheckpointArgs) -> bool:
+        return self._registry is not None and (self._registry.has(name, args) or self._registry.has(None, args))
+
+    def _new_handler(self, name: str, args: CheckpointArgs) -> Any:
+        if self._registry is not None:
+            try:
+                return self._registry.get(name, args)
+            except HandlerNotFoundError:
+                pass  # the registry may be silent about an item that the args class itself has a handler for
+        return build_handler(get_registered_handler_cls(args))
+
+    def _handler_on_disk(self, path: epath.Path, recorded: str | None, asked: bool) -> Any:
+        """The handler of an item that nobody named one for: by the registry, its files, or its recorded name."""
+        if self._registry is not None:
+            for (name, _), handler in self._registry.get_all_entries().items():
+                if name == path.name:
+                    return handler
+        recognized = recognize_handler(os.fspath(path))
+        if recognized is not None:
+            return build_handler(recognized)
+        if asked and path.name not in self._handlers and recorded is None:
+            raise InvalidArgumentError(f"item {path.name!r}: give its args, since its handler is not known")
+        try:
+            return build_handler(get_handler_type(recorded or ""))
+        except HandlerNotFoundError as error:
+            raise InvalidArgumentError(
+                f'item "{path.name}" was found in the checkpoint, but could not be restored: {error} '
+                "Name its args, or give a handler registry."
+            ) from error
+
+    def item_handler_names(self) -> dict[str, str]:
+        """{item: the name by which its handler is recorded} of the items saved last."""
+        return {name: recorded_name(self._handlers[name]) for name in self._unfinished}
+
+    def close(self) -> None:
+        for handler in self._handlers.values():
+            if handler is not None:
+                handler.close()
+
+
+def _args_classes(handler: Any) -> tuple[type[CheckpointArgs], ...]:
+    return get_registered_args_cls(handler)
+
+
+def _item_directories(directory: epath.Path) -> list[str]:
+    with os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not is_temporary(entry.name))
+
+
+register_with_handler(CompositeCheckpointHandler, for_save=True, for_restore=True)(CompositeArgs)

@@ -1,0 +1,82 @@
+"""JSON items: configurations, metrics, anything that `json` can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError, NotSerializableError
+from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
+from ckpt_hooks.processes import index
+from ckpt_hooks.storage import commit
+
+__all__ = ["JsonCheckpointHandler", "JsonRestoreArgs", "JsonSaveArgs"]
+
+
+class JsonCheckpointHandler(CheckpointHandler):
+    """Saves an object as one JSON file.
+
+    Args:
+      filename: the file's name in the item's directory.
+    """
+
+    def __init__(self, filename: str = "metadata") -> None:
+        self._filename = filename
+
+    def stage(self, args: JsonSaveArgs) -> StagedSave:
+        try:
+            text = json.dumps(args.item)
+        except (TypeError, ValueError) as error:
+            raise NotSerializableError(f"this JSON item cannot be saved: {error}") from error
+
+        def write(directory: epath.Path) -> None:
+            if index() == 0:
+                commit.write_file(os.path.join(directory, self._filename), text)
+
+        return StagedSave(write, nbytes=len(text))
+
+    def save(self, directory: epath.Path, args: JsonSaveArgs) -> None:
+        self.stage(args).write(directory)
+
+    def restore(self, directory: epath.Path, args: JsonRestoreArgs | None = None) -> Any:
+        path = self._find(os.fspath(directory))
+        try:
+            with open(path, "rb") as file:
+                return json.loads(file.read())
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
+
+    def _find(self, directory: str) -> str:
+        """The file; a checkpoint that is read without its handler may have another name for it."""
+        path = os.path.join(directory, self._filename)
+        if os.path.isfile(path):
+            return path
+        same_name = os.path.join(directory, os.path.basename(directory))  # Orbax's metrics/metrics
+        if os.path.isfile(same_name):
+            return same_name
+        raise CheckpointNotFoundError(f"{directory} holds no JSON item: it has no file {self._filename!r}")
+
+    @classmethod
+    def typestr(cls) -> str:
+        # Orbax's own name, so that Orbax restores our checkpoints without being told how.
+        return "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
+
+
+@register_with_handler(JsonCheckpointHandler, for_save=True)
+@dataclasses.dataclass(frozen=True)
+class JsonSaveArgs(CheckpointArgs):
+    """Saves `item`, anything that `json.dumps` takes."""
+
+    item: Any
+
+
+@register_with_handler(JsonCheckpointHandler, for_restore=True)
+@dataclasses.dataclass(frozen=True)
+class JsonRestoreArgs(CheckpointArgs):
+    """Restores a JSON item; `item` is not used."""
+
+    item: Any = None

@@ -1,0 +1,67 @@
+"""Handlers that never registered args classes: their own arguments are carried through unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etils import epath
+
+from ckpt_hooks.handlers.base import (
+    CheckpointArgs,
+    CheckpointHandler,
+    StagedSave,
+    has_registered_args,
+    register_with_handler,
+    typestr_of,
+)
+
+__all__ = ["LegacyHandler", "wrap_legacy"]
+
+
+class LegacyHandler(CheckpointHandler):
+    """Gives a handler whose methods take ``(directory, *args, **kwargs)`` the contract of today's."""
+
+    def __init__(self, handler: Any) -> None:
+        self.wrapped = handler
+
+    def save(self, directory: epath.Path, args: LegacyArgs) -> None:
+        self.wrapped.save(directory, *args.args, **args.kwargs)
+
+    def restore(self, directory: epath.Path, args: LegacyArgs | None = None) -> Any:
+        args = args or LegacyArgs()
+        return self.wrapped.restore(directory, *args.args, **args.kwargs)
+
+    def stage(self, args: LegacyArgs) -> StagedSave:
+        return StagedSave(write=lambda directory: None, begin=lambda directory: self.save(directory, args))
+
+    def metadata(self, directory: epath.Path) -> Any:
+        return self.wrapped.metadata(directory)
+
+    def finalize(self, directory: epath.Path) -> None:
+        if hasattr(self.wrapped, "finalize"):
+            self.wrapped.finalize(directory)
+
+    def close(self) -> None:
+        if hasattr(self.wrapped, "close"):
+            self.wrapped.close()
+
+
+class LegacyArgs(CheckpointArgs):
+    """Arguments as they were given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+
+register_with_handler(LegacyHandler, for_save=True, for_restore=True)(LegacyArgs)
+
+
+def wrap_legacy(handler: Any) -> Any:
+    """The handler itself where it registered args classes, else wrapped."""
+    return handler if has_registered_args(handler) else LegacyHandler(handler)
+
+
+def recorded_name(handler: Any) -> str:
+    """The name under which a checkpoint records a handler."""
+    return typestr_of(handler.wrapped if isinstance(handler, LegacyHandler) else handler, recorded=True)

@@ -1,0 +1,295 @@
+"""`CheckpointHook`: the one object that a training loop adds. When to save, resume, and leave."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+
+from ckpt_hooks import processes
+from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS
+from ckpt_hooks.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, Preempted
+from ckpt_hooks.manager import CheckpointManager
+from ckpt_hooks.preemption import PreemptionNotice
+from ckpt_hooks.triggers import Triggers, check_step
+
+__all__ = ["CheckpointHook"]
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointHook:
+    """Saves periodically, resumes by itself, and saves before it leaves when the process is asked to stop.
+
+    Args:
+      directory: of the run.
+      every_n_steps: save whenever the step reaches or jumps over a multiple of this; 1000 where no trigger is
+        given.
+      every_secs: save when this many seconds have passed since the last save.
+      on_steps: save at these steps.
+      keep: which checkpoints stay; see `CheckpointManager`.
+      save_on_preemption: whether one of `preemption_signals` makes the next call save, wait for the commit, and
+        raise `Preempted`. A second signal ends the process at once.
+      raise_on_preemption: whether that call raises; if not, `preempted` is True and the loop has to end itself.
+      preemption_signals: which signals ask the process to stop.
+      async_save: whether training goes on while a checkpoint is written.
+      on_save_error: "raise" raises the failure of a background save at the next call; "warn" logs it, goes on,
+        and tries again at the next trigger.
+      timeout_secs: bounds every wait for another process.
+
+    >>> import numpy as np, tempfile
+    >>> directory = tempfile.mkdtemp()
+    >>> for num_steps in (25, 40):  # the second run goes on where the first one ended
+    ...     state = {"w": np.zeros(2)}
+    ...     with CheckpointHook(directory, every_n_steps=10) as hook:
+    ...         state = hook.restore(state)
+    ...         for step in range(hook.start_step, num_steps):
+    ...             state = {"w": state["w"] + 1}
+    ...             _ = hook(step + 1, state, metrics={"w": state["w"][0]})
+    ...         print(hook.start_step, state["w"])
+    0 [25. 25.]
+    20 [40. 40.]
+    """
+
+    def __init__(
+        self,
+        directory: Any = "checkpoints",
+        *,
+        every_n_steps: int | None = None,
+        every_secs: float | None = None,
+        on_steps: Iterable[int] = (),
+        keep: Any = 3,
+        save_on_preemption: bool = True,
+        raise_on_preemption: bool = True,
+        preemption_signals: Iterable[signal.Signals | int] = (signal.SIGTERM,),
+        async_save: bool = True,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+        **manager_options: Any,
+    ) -> None:
+        if on_save_error not in ("raise", "warn"):
+            raise InvalidArgumentError(f"on_save_error is 'raise' or 'warn', got {on_save_error!r}")
+        self._triggers = Triggers.checked(every_n_steps, every_secs, on_steps)
+        self._warns = on_save_error == "warn"
+        self._raises_preempted = raise_on_preemption
+        self.manager = CheckpointManager(
+            directory, keep=keep, async_save=async_save, timeout_secs=timeout_secs, **manager_options
+        )
+        # With jax.distributed, the runtime itself listens and tells all processes of one step; see `_preempted_at`.
+        self._asks_runtime = save_on_preemption and processes.count() > 1
+        listens = save_on_preemption and not self._asks_runtime
+        self._notice = PreemptionNotice(preemption_signals if listens else ())
+        self._preempted = False
+        self._start_step = 0
+        self._last_step = 0  # of the last call
+        self._saved_step = -1  # of the last save that was started
+        self._next_step = 0
+        self._next_secs = 0.0
+        self._watches_time = self._triggers.every_secs is not None
+        self._reset(0)
+
+    # -------------------------------------------------------------- the loop
+
+    def __call__(
+        self, step: int, state: Any, *, metrics: Any = None, metadata: Any = None, **items: Any
+    ) -> bool:
+        """Saves `state` if a checkpoint is due at `step`; returns whether a save was started.
+
+        Where nothing is due, it looks at nothing but `step`, and costs about a microsecond.
+
+        Args:
+          step: number of updates that the state has seen, a Python int.
+          state, metrics, metadata, items: as in `CheckpointManager.save`.
+
+        Raises:
+          Preempted: the process was asked to stop; `state` is saved and committed.
+          SaveFailedError: an earlier save in the background failed (unless on_save_error="warn").
+        """
+        if (
+            self._last_step < step < self._next_step
+            and not self._watches_time
+            and not self._notice.received
+            and not self._asks_runtime
+            and not self.manager.has_failed
+        ):
+            self._last_step = step
+            return False
+        return self._look(step, state, metrics, metadata, items)
+
+    def _look(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
+        step = check_step(step)
+        if step <= self._last_step:
+            self._next_step = self._triggers.next_step(step - 1)  # the loop went back
+        self._last_step = step
+        self._raise_or_warn()
+        if self._preempted_at(step):
+            return self._leave(step, state, metrics, metadata, items)
+        if step < self._next_step and not (self._watches_time and self._is_time(step)):
+            return False
+        return self._save(step, state, metrics, metadata, items)
+
+    def _is_time(self, step: int) -> bool:
+        due = time.monotonic() >= self._next_secs
+        if processes.count() > 1:
+            due = processes.decide_on_primary(f"every_secs.{step}", due)
+        return due
+
+    def _save(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
+        self._reset(step)  # before the save: one that fails is tried again at the next trigger, not at the next step
+        try:
+            self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)
+        except (CheckpointError, OSError) as error:
+            if not self._warns or isinstance(error, InvalidArgumentError | TypeError):
+                raise
+            _log.error("saving step %d failed, training goes on: %s", step, error)
+            return False
+        self._saved_step = step
+        return True
+
+    def save(
+        self, step: int, state: Any, *, metrics: Any = None, metadata: Any = None, force: bool = False, **items: Any
+    ) -> None:
+        """Saves now, whatever the triggers say; arguments as in `CheckpointManager.save`."""
+        self.manager.save(step, state, metrics=metrics, metadata=metadata, force=force, **items)
+        self._saved_step = check_step(step)
+        self._reset(self._saved_step)
+
+    def record_metrics(self, step: int, metrics: Any) -> None:
+        """Adds metrics that arrived after the save; retention looks again."""
+        self.manager.record_metrics(step, metrics)
+
+    def wait(self) -> None:
+        """Waits until the save in flight is committed; raises its failure."""
+        self.manager.wait()
+
+    def close(self) -> None:
+        """Waits, gives the signals back, and gives up the run's lock."""
+        self._notice.close()
+        self.manager.close()
+
+    def _reset(self, step: int) -> None:
+        self._last_step = step
+        self._next_step = self._triggers.next_step(step)
+        self._next_secs = self._triggers.next_secs(time.monotonic())
+
+    def _raise_or_warn(self) -> None:
+        if not self.manager.has_failed:
+            return
+        try:
+            self.manager.wait()
+        except CheckpointError as error:
+            if not self._warns:
+                raise
+            _log.error("%s; training goes on, the next trigger tries again", error)
+
+    # -------------------------------------------------------------- resuming
+
+    @property
+    def start_step(self) -> int:
+        """The step that was restored, 0 for a fresh start."""
+        return self._start_step
+
+    def restore(self, state: Any, **items: Any) -> Any:
+        """The newest checkpoint that verifies, in the structure of `state`; `state` itself in an empty run.
+
+        Args:
+          state: arrays or `jax.ShapeDtypeStruct`, with the shardings to restore into.
+          items: stateful objects, whose state is set in place.
+
+        Raises:
+          StructureMismatchError: the newest checkpoint does not fit `state`.
+          NoValidCheckpointError: there are checkpoints and none verifies; it never starts afresh then.
+        """
+        self.manager.wait()
+        try:
+            step, restored = self.manager.restore_with_step(state, **items)
+        except CheckpointNotFoundError:
+            if self.manager.steps():
+                raise
+            return state
+        self._start_step = self._saved_step = step
+        self._reset(step)
+        _log.info("resumed from step %d of %s", step, self.manager.directory)
+        return restored
+
+    def restore_or_init(self, init_fn: Callable[..., Any], *args: Any, **items: Any) -> Any:
+        """The newest checkpoint, or ``init_fn(*args)`` in an empty run.
+
+        Where there is a checkpoint, `init_fn` is only evaluated abstractly: no initial state is built. Shardings
+        of a jitted `init_fn` are kept, and arguments that are not arrays reach it untouched.
+        """
+        if self.manager.latest_step() is None:
+            return init_fn(*args)
+        return self.restore(_abstract_result(init_fn, args), **items)
+
+    # -------------------------------------------------------------- leaving
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the process has been asked to stop; may be polled anywhere."""
+        return self._preempted or bool(self._notice.received)
+
+    def _preempted_at(self, step: int) -> bool:
+        if self._asks_runtime:
+            from jax.experimental import multihost_utils
+
+            # Every process has to ask at every step; the runtime answers all of them at the same one.
+            self._preempted = self._preempted or multihost_utils.reached_preemption_sync_point(step)
+        return self.preempted
+
+    def _leave(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
+        """Saves, waits for the commit, and raises `Preempted`."""
+        self._preempted = True
+        started = step != self._saved_step
+        if started:
+            self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)
+            self._saved_step = step
+        self.manager.wait()
+        _log.warning("asked to stop: step %d is saved", step)
+        if self._raises_preempted:
+            raise Preempted(step)
+        return started
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, Preempted):
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as failure:
+            # The error that ended the loop is what the user has to see first.
+            error.add_note(f"and the last checkpoint failed too: {failure}")
+
+
+def _abstract_result(init_fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    eval_shape = getattr(init_fn, "eval_shape", None)
+    if eval_shape is not None:
+        return eval_shape(*args)  # a jitted function knows itself which of its arguments are static
+    traced = [number for number, arg in enumerate(args) if _is_all_arrays(arg)]
+
+    def init_of_arrays(*arrays: Any) -> Any:
+        mixed = list(args)
+        for number, array in zip(traced, arrays, strict=True):
+            mixed[number] = array
+        return init_fn(*mixed)
+
+    return jax.eval_shape(init_of_arrays, *(args[number] for number in traced))
+
+
+def _is_all_arrays(arg: Any) -> bool:
+    leaves = jax.tree_util.tree_leaves(arg)
+    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for leaf in leaves)

@@ -1,0 +1,173 @@
+"""A pytree item from disk: ours through the verified reader, everybody else's through tensorstore."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckpt_hooks import events, tree
+from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_hooks.matching import SavedLeaf, fit, match, place_on_devices
+from ckpt_hooks.plan import ARRAY_METADATA_FOLDER, METADATA_FILE, STRINGS_FILE
+from ckpt_hooks.storage.reader import ArrayInfo, Database
+
+__all__ = ["NO_TARGET", "SavedTree"]
+
+NO_TARGET: Any = type("NoTarget", (), {"__repr__": lambda self: "NO_TARGET"})()
+
+
+class _Arrays(Protocol):
+    def info(self, name: str) -> ArrayInfo: ...
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]: ...
+
+
+class SavedTree:
+    """The pytree in an item's directory.
+
+    Raises CheckpointNotFoundError where there is none and CorruptCheckpointError where it is damaged.
+    """
+
+    def __init__(self, directory: str, *, verify: bool = True) -> None:
+        self._directory = directory
+        metadata = self._read_metadata()
+        self._records = tree.records_from_json(metadata["tree_metadata"])
+        names = [record.name for record in self._records if not record.is_empty]
+        self._strings = self._read_strings()
+        key_impls = self._read_key_impls()
+        self._arrays = self._open(metadata, [name for name in names if name not in self._strings], verify)
+        self.leaves = {
+            record.name: self._saved_leaf(record, key_impls)
+            for record in self._records
+            if not record.is_empty
+        }
+
+    # -------------------------------------------------------------- restoring
+
+    def restore(self, like: Any = NO_TARGET, *, cast: bool = False) -> Any:
+        """The tree in the structure, types, dtypes and shardings of `like`, or as nested dicts and lists."""
+        item = os.path.basename(self._directory)
+        if like is NO_TARGET:
+            return self._restore_plain()
+        named = tree.flatten(like)
+        match(self.leaves, named, cast=cast, item=item)
+        targets = [leaf for leaf in named if not leaf.is_empty]
+        names = [leaf.name for leaf in targets]
+        arrays = self._read(names)
+        values: list[Any] = [
+            self._strings[name]
+            if name in self._strings
+            else fit(name, self.leaves[name], arrays[name], leaf.value, cast=cast)
+            for name, leaf in zip(names, targets, strict=True)
+        ]
+        place_on_devices(names, values, [leaf.value for leaf in targets])
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
+
+    def _restore_plain(self) -> Any:
+        arrays = self._read(self.leaves)
+        return tree.nest(
+            (record.keys, record.empty_value() if record.is_empty else self._plain_value(record, arrays))
+            for record in self._records
+        )
+
+    def _plain_value(self, record: tree.LeafRecord, arrays: dict[str, np.ndarray]) -> Any:
+        saved = self.leaves[record.name]
+        if saved.info is None:
+            return self._strings[record.name]
+        array = arrays[record.name]
+        if saved.key_impl is not None:
+            return jax.random.wrap_key_data(jnp.asarray(array), impl=saved.key_impl)
+        return array.item() if saved.value_type == "scalar" and array.ndim == 0 else array
+
+    def _read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        with events.phase("read/data"):
+            arrays = self._arrays.read([name for name in names if name not in self._strings])
+        events.scalar("read/bytes", sum(array.nbytes for array in arrays.values()))
+        return arrays
+
+    def metadata(self) -> Any:
+        """The tree with an abstract array (shape, dtype) for each leaf, and no array read."""
+        return tree.nest(
+            (record.keys, record.empty_value() if record.is_empty else self._abstract(record.name))
+            for record in self._records
+        )
+
+    def _abstract(self, name: str) -> Any:
+        info = self.leaves[name].info
+        return str if info is None else jax.ShapeDtypeStruct(info.shape, info.dtype)
+
+    # -------------------------------------------------------------- files
+
+    def _open(self, metadata: dict[str, Any], names: Sequence[str], verify: bool) -> _Arrays:
+        if Database.is_ours(self._directory):
+            return Database(self._directory, verify=verify)
+        from ckpt_hooks.storage.foreign import ForeignArrays
+
+        return ForeignArrays(
+            self._directory,
+            names,
+            use_ocdbt=bool(metadata.get("use_ocdbt", True)),
+            use_zarr3=bool(metadata.get("use_zarr3", False)),
+            fill_missing=not metadata.get("store_array_data_equal_to_fill_value", False),
+        )
+
+    def _saved_leaf(self, record: tree.LeafRecord, key_impls: dict[str, str]) -> SavedLeaf:
+        if record.name in self._strings:
+            return SavedLeaf("string", None)
+        info = self._arrays.info(record.name)
+        return SavedLeaf(record.value_type, info, key_impls.get(record.name))
+
+    def _read_metadata(self) -> dict[str, Any]:
+        path = os.path.join(self._directory, METADATA_FILE)
+        metadata = _read_json(path)
+        if metadata is None:
+            raise CheckpointNotFoundError(
+                f"{self._directory} holds no pytree: it has no file {METADATA_FILE}. Name the directory of a "
+                "checkpoint, or of a pytree item in it."
+            )
+        if not isinstance(metadata, dict) or "tree_metadata" not in metadata:
+            raise CorruptCheckpointError(f"{path} is damaged: it has no tree metadata")
+        return metadata
+
+    def _read_strings(self) -> dict[str, str]:
+        strings = _read_json(os.path.join(self._directory, STRINGS_FILE)) or {}
+        missing = [
+            record.name
+            for record in self._records
+            if record.value_type == "string" and record.name not in strings
+        ]
+        if missing or not isinstance(strings, dict):
+            raise CorruptCheckpointError(f"{self._directory}: {STRINGS_FILE} lacks {missing}")
+        return {record.name: strings[record.name] for record in self._records if record.name in strings}
+
+    def _read_key_impls(self) -> dict[str, str]:
+        """{name: implementation} of the typed PRNG keys."""
+        folder = os.path.join(self._directory, ARRAY_METADATA_FOLDER)
+        impls = {}
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            path = os.path.join(folder, name)
+            content = _read_json(path)
+            try:
+                for entry in content["array_metadatas"]:
+                    array = entry["array_metadata"]
+                    if array["ext_metadata"] and array["ext_metadata"].get("random_key_impl"):
+                        impls[array["param_name"]] = array["ext_metadata"]["random_key_impl"]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CorruptCheckpointError(f"{path} is damaged: {error!r}") from error
+        return impls
+
+
+def _read_json(path: str) -> Any:
+    """The content of a JSON file; None where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # also UnicodeDecodeError
+        raise CorruptCheckpointError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,415 @@
+"""`CheckpointManager`: the checkpoints of a run; which is newest, which is best, which stay, which one restores."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from etils import epath
+
+from ckpt_hooks import events, retention, train_state
+from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
+from ckpt_hooks.errors import (
+    CheckpointNotFoundError,
+    HandlerNotFoundError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    ItemNotFoundError,
+    NameCollisionError,
+    NoValidCheckpointError,
+    StructureMismatchError,
+    UnsupportedLeafError,
+)
+from ckpt_hooks.handlers.base import CheckpointArgs
+from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
+from ckpt_hooks.handlers.iterator import IteratorSaveArgs, is_stateful
+from ckpt_hooks.handlers.json import JsonCheckpointHandler, JsonRestoreArgs, JsonSaveArgs
+from ckpt_hooks.handlers.pytree import StandardSaveArgs
+from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
+from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers
+from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.restoring import read_metadata, restore_checkpoint
+from ckpt_hooks.run import METRICS_ITEM, RunDirectory
+from ckpt_hooks.temporary_paths import FileOptions
+from ckpt_hooks.triggers import check_step
+
+__all__ = ["CheckpointManager"]
+
+_RESERVED = frozenset({"step", "metrics"})  # keys of custom_metadata that the manager writes
+# Errors that another checkpoint would give as well, or that only the caller can mend: no reason to fall back.
+_NOT_DAMAGE = (
+    HandlerNotFoundError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    ItemNotFoundError,
+    NameCollisionError,
+    StructureMismatchError,
+    UnsupportedLeafError,
+    MemoryError,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """The checkpoints of one run, in ``<directory>/<step>/``.
+
+    A state's parts become items (`params`, `opt_state`, `step`, ...); keyword arguments of `save` are stateful
+    objects, such as data iterators. Reading makes nothing and needs no lock; the first change makes the
+    directory and locks it against other writers until `close`.
+
+    Args:
+      directory: of the run; absolute or relative.
+      keep: how many of the newest checkpoints stay, or a policy (`LatestN`, `BestN`, `EveryNSteps`), or a list
+        of policies each of which may keep a step; None keeps all. The newest always stays.
+      async_save: whether `save` returns once the state is taken, and commits in the background.
+      timeout_secs: bounds every wait for another process.
+      multiprocessing_options: which processes take part and which commits.
+      file_options: how directories are made.
+
+    A failure in the background is raised once, as SaveFailedError, by the next call of any method.
+
+    >>> import numpy as np, tempfile
+    >>> with CheckpointManager(tempfile.mkdtemp(), keep=2) as manager:
+    ...     for step in (10, 20, 30):
+    ...         manager.save(step, {"params": {"w": np.full(2, step)}}, metrics={"loss": 1 / step})
+    ...     manager.wait()
+    ...     print(manager.steps(), manager.restore()["params"])
+    [20, 30] {'w': array([30, 30])}
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        *,
+        keep: Any = 3,
+        async_save: bool = True,
+        timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+        multiprocessing_options: MultiprocessingOptions | None = None,
+        file_options: FileOptions | None = None,
+    ) -> None:
+        self._run = RunDirectory(directory)
+        self._policies = retention.check_policies(keep)
+        self._options: dict[str, Any] = {
+            "multiprocessing_options": multiprocessing_options or MultiprocessingOptions(),
+            "file_options": file_options or FileOptions(),
+        }
+        handler = CompositeCheckpointHandler(handler_registry=_registry())
+        self._checkpointer: Checkpointer = (
+            AsyncCheckpointer(handler, timeout_secs=timeout_secs, **self._options)
+            if async_save
+            else Checkpointer(handler, **self._options)
+        )
+        events.event("checkpoint_manager/init")
+
+    @property
+    def directory(self) -> epath.Path:
+        """The run's directory, absolute."""
+        return epath.Path(self._run.path)
+
+    # -------------------------------------------------------------- saving
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        force: bool = False,
+        **items: Any,
+    ) -> None:
+        """Saves a state as the newest checkpoint.
+
+        Args:
+          step: number of updates that the state has seen; above that of every checkpoint there is.
+          state: a pytree; split into items one level down.
+          metrics: {name: real scalar}, or a `clu.metrics.Collection`.
+          metadata: {string: JSON}, kept in `custom_metadata` beside ``step`` and ``metrics``.
+          force: whether `step` may be at or below the newest. It becomes the newest once it is durable: one
+            of the same number is replaced, newer ones are set aside as ``<step>.rolled_back``.
+          items: stateful objects (``get_state()``/``set_state(state)``), each an item of its own.
+
+        Raises:
+          InvalidArgumentError: (ValueError) a step that is not above the newest, among others.
+          RunLockedError: another live process writes to this run.
+          UnsupportedLeafError, NameCollisionError, NotSerializableError, MetricNotFoundError,
+          DiskFullError, UnwritableDirectoryError: before anything is written.
+        """
+        step = check_step(step)
+        numbers = to_json_numbers(metrics)
+        custom = self._custom_metadata(step, numbers, metadata)
+        args = self._save_args(state, numbers, items)
+        self.wait()
+        self._run.lock()
+        newest = self._run.latest_step()
+        if newest is not None and step <= newest and not force:
+            raise InvalidArgumentError(
+                f"save at step {step}, but {self._run.path} has step {newest} already. Restore first and go on from "
+                "there, choose another directory, or pass force=True to take the run back to this step."
+            )
+        retention.check_recorded(self._policies, self._retention_metrics(), numbers)
+        self._run.make_way(step)
+        self._checkpointer.save_args(
+            epath.Path(self._run.step_path(step)),
+            args,
+            force=force,
+            custom_metadata=custom,
+            metrics=numbers,
+            on_commit=functools.partial(self._after_commit, step),
+        )
+
+    def _custom_metadata(self, step: int, numbers: Mapping[str, Any], metadata: Any) -> dict[str, Any]:
+        checked = check_custom_metadata(metadata)
+        taken = sorted(_RESERVED & checked.keys())
+        if taken:
+            raise InvalidArgumentError(f"metadata: {taken} are written by the library; choose other keys")
+        return {"step": step, "metrics": dict(numbers), **checked}
+
+    def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
+        args: dict[str, CheckpointArgs] = {
+            name: StandardSaveArgs(part) for name, part in train_state.split(state).items()
+        }
+        for name, value in items.items():
+            _require_stateful(name, value)
+            if name in args:
+                raise InvalidArgumentError(f"item {name!r} is a part of the state already; rename the keyword")
+            args[name] = IteratorSaveArgs(value)
+        if numbers and METRICS_ITEM not in args:
+            args[METRICS_ITEM] = JsonSaveArgs(dict(numbers))  # where Orbax's best_fn looks
+        return CompositeArgs(**args)
+
+    def _after_commit(self, step: int) -> None:
+        """In the background, when `step` is durable: sets newer ones aside, and removes what need not stay."""
+        self._run.forget_metrics(step)
+        for newer in self._run.steps():
+            if newer > step:
+                self._run.set_aside(newer, "rolled_back")
+        self._apply_retention()
+
+    def _apply_retention(self) -> None:
+        recorded = self._retention_metrics()
+        for step in sorted(recorded.keys() - retention.steps_to_keep(self._policies, recorded)):
+            try:
+                self._run.remove(step)
+            except OSError as error:
+                # What cannot be deleted does not make the new checkpoint a failure.
+                _log.warning("step %d should go, and cannot be removed: %s", step, error)
+
+    # -------------------------------------------------------------- restoring
+
+    def restore(
+        self,
+        like: Any = None,
+        *,
+        step: int | Literal["latest", "best"] | None = None,
+        items: Iterable[str] | None = None,
+        cast: bool = False,
+        **objects: Any,
+    ) -> Any:
+        """Restores a state.
+
+        Args:
+          like: a state with the structure, types, dtypes and shardings to restore into, of arrays or of
+            `jax.ShapeDtypeStruct`; None gives {item: nested dicts and lists of NumPy arrays}.
+          step: a step, which is then never replaced by another; "best" by the `BestN` in `keep`; None or
+            "latest" the newest that verifies, each rejected one being logged with its reason.
+          items: the items to restore, as {item: value}; `like` is then such a dict or a whole state.
+          cast: whether a leaf of another dtype is converted; otherwise it is an error.
+          objects: stateful objects whose saved state is set in place, once everything else has been read.
+
+        Raises:
+          CheckpointNotFoundError: (FileNotFoundError) there is no checkpoint, or not this one.
+          StructureMismatchError: (ValueError) `like` does not fit; the message lists every leaf.
+          ItemNotFoundError: (KeyError) an item was not saved.
+          NoValidCheckpointError: (CorruptCheckpointError) none verifies; the message has each one's reason.
+        """
+        self.wait()
+        return self.restore_with_step(like, step=step, items=items, cast=cast, **objects)[1]
+
+    def restore_with_step(
+        self, like: Any = None, *, step: Any = None, items: Any = None, cast: bool = False, **objects: Any
+    ) -> tuple[int, Any]:
+        """(the step that was restored, the state): `restore` for who needs to know which step it was."""
+        for name, value in objects.items():
+            _require_stateful(name, value)
+        read = functools.partial(restore_checkpoint, like=like, items=items, cast=cast, objects=objects)
+        if step is not None and step != "latest":
+            number = self._best_or_raise() if step == "best" else check_step(step)
+            return number, read(self._run.require(number))
+        return self._restore_newest(read)
+
+    def _restore_newest(self, read: Any) -> tuple[int, Any]:
+        rejected: dict[int, str] = {}
+        for step in reversed(self._run.steps()):
+            try:
+                restored = read(self._run.step_path(step))
+            except _NOT_DAMAGE:
+                raise
+            except Exception as error:  # another library's damage comes in every class
+                reason = f"{type(error).__name__}: {error}"
+                _log.error("step %d of %s is rejected: %s", step, self._run.path, reason)
+                events.event("read/rejected", step=step)
+                rejected[step] = reason
+                continue
+            self._run.rejected.update(rejected)
+            if rejected:
+                _log.warning("step %d of %s is restored instead of %s", step, self._run.path, sorted(rejected))
+            return step, restored
+        if rejected:
+            reasons = "\n".join(f"  step {step}: {reason}" for step, reason in rejected.items())
+            raise NoValidCheckpointError(
+                f"no checkpoint of {self._run.path} can be restored:\n{reasons}\nNothing was removed. To start "
+                "afresh all the same, choose another directory."
+            )
+        raise CheckpointNotFoundError(f"{self._run.path} has no checkpoint")
+
+    def _best_or_raise(self) -> int:
+        best = self.best_step()
+        if best is None:
+            raise CheckpointNotFoundError(f"{self._run.path} has no checkpoint with a finite metric to be the best")
+        return best
+
+    # -------------------------------------------------------------- asking
+
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first."""
+        self._raise_failure()
+        return self._run.steps()
+
+    def latest_step(self) -> int | None:
+        """The newest committed step, None for an empty run."""
+        self._raise_failure()
+        return self._run.latest_step()
+
+    def best_step(self, metric: str | None = None, mode: Literal["min", "max"] | None = None) -> int | None:
+        """The step with the best finite value of a metric (by default the one of the `BestN` in `keep`).
+
+        None for an empty run. Raises MetricNotFoundError where no checkpoint recorded the metric.
+        """
+        self._raise_failure()
+        policy = next((p for p in self._policies if isinstance(p, retention.BestN)), None)
+        if metric is None and policy is None:
+            raise InvalidArgumentError(
+                'best_step() of what? Give a metric (best_step("loss")), or a BestN policy in keep='
+            )
+        if policy is not None and metric in (None, policy.metric):
+            metric, mode = policy.metric, mode or policy.mode
+        return retention.best_step(self._all_metrics(), str(metric), mode or "min")
+
+    def metadata(self, step: int) -> StepMetadata:
+        """The step metadata of a checkpoint. Raises CheckpointNotFoundError where there is none."""
+        self._raise_failure()
+        path = self._run.require(check_step(step))
+        self._run.metadata(step)  # verifies it
+        return read_metadata(path)
+
+    def verify(self, step: int) -> list[str]:
+        """Reads every byte of a checkpoint and says what is not as it was saved; [] where all is well.
+
+        One that another library wrote has no checksums: it is well if it can be read.
+        """
+        self._raise_failure()
+        path = self._run.require(check_step(step))
+        problems = self._run.problems(step)
+        if not problems:
+            try:
+                restore_checkpoint(path)
+            except Exception as error:  # another library's damage comes in every class
+                problems.append(f"{path}: {type(error).__name__}: {error}")
+        return problems
+
+    def _retention_metrics(self) -> dict[int, Mapping[str, Any]]:
+        """`_all_metrics`, without reading them where the policies count only steps."""
+        if all(isinstance(policy, retention.LatestN | retention.EveryNSteps) for policy in self._policies):
+            return {step: {} for step in self._run.steps()}
+        return self._all_metrics()
+
+    def _all_metrics(self) -> dict[int, Mapping[str, Any]]:
+        """{step: what it recorded}, of every committed step."""
+        return {step: self._run.metrics(step) for step in self._run.steps()}
+
+    # -------------------------------------------------------------- changing
+
+    def record_metrics(self, step: int, metrics: Any) -> None:
+        """Adds metrics that arrived after the save; retention looks again."""
+        numbers = to_json_numbers(metrics)
+        step = check_step(step)
+        self.wait()
+        self._run.require(step)
+        self._run.lock()
+        self._run.record_metrics(step, numbers)
+        self._apply_retention()
+
+    def rollback(self, step: int) -> None:
+        """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""
+        self.wait()
+        self._run.require(check_step(step))
+        self._run.lock()
+        for newer in self._run.steps():
+            if newer > step:
+                self._run.set_aside(newer, "rolled_back")
+
+    def delete(self, step: int) -> None:
+        """Removes a checkpoint. Raises CheckpointNotFoundError where there is none."""
+        self.wait()
+        path = self._run.step_path(check_step(step))
+        if not os.path.isdir(path):
+            self._run.require(step)
+        self._run.lock()
+        self._run.remove(step)
+
+    # -------------------------------------------------------------- waiting
+
+    def wait(self) -> None:
+        """Waits until the save in flight is committed; raises its failure, once."""
+        if isinstance(self._checkpointer, AsyncCheckpointer):
+            self._checkpointer.wait_until_finished()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a failure of a background save waits to be raised; costs nothing to ask."""
+        return isinstance(self._checkpointer, AsyncCheckpointer) and self._checkpointer.has_failed
+
+    def _raise_failure(self) -> None:
+        if isinstance(self._checkpointer, AsyncCheckpointer):
+            self._checkpointer.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, and gives the run's lock back; the manager may still be used for reading."""
+        try:
+            self._checkpointer.close()
+        finally:
+            self._run.unlock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _registry() -> DefaultCheckpointHandlerRegistry:
+    registry = DefaultCheckpointHandlerRegistry()
+    handler = JsonCheckpointHandler(METRICS_ITEM)
+    registry.add(METRICS_ITEM, JsonSaveArgs, handler)
+    registry.add(METRICS_ITEM, JsonRestoreArgs, handler)
+    return registry
+
+
+def _require_stateful(name: str, value: Any) -> None:
+    if not is_stateful(value):
+        raise InvalidArgumentTypeError(
+            f"{name}=: keyword items are stateful objects with get_state() and set_state(state), such as data "
+            f"iterators; a {type(value).__qualname__} is not. A pytree belongs into the state, which may be a dict: "
+            f'{{"train": state, "{name}": ...}}.'
+        )

@@ -1,0 +1,189 @@
+"""A saved tree against the structure it is to be restored into: what fits, what does not, and how to say it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckpt_hooks import tree
+from ckpt_hooks.errors import StructureMismatchError
+from ckpt_hooks.leaves import is_prng_key
+from ckpt_hooks.storage.reader import ArrayInfo
+
+__all__ = ["SavedLeaf", "fit", "match", "place_on_devices"]
+
+_KINDS = {bool: "bool", int: "integer", float: "float", complex: "complex"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedLeaf:
+    """A leaf as the checkpoint has it; `info` is None for a string."""
+
+    value_type: str
+    info: ArrayInfo | None
+    key_impl: str | None = None
+
+    def __str__(self) -> str:
+        if self.info is None:
+            return "a string"
+        if self.key_impl is not None:
+            return f"PRNG key {self.key_impl}{list(self.info.shape[:-1])}"
+        if self.value_type == "scalar":
+            return f"a Python scalar ({self.info.dtype})"
+        return f"{self.info.dtype}{list(self.info.shape)}"
+
+
+def match(saved: Mapping[str, SavedLeaf], like: Sequence[tree.Leaf], *, cast: bool, item: str) -> None:
+    """Raises StructureMismatchError that lists every leaf of `like` and `saved` that does not fit."""
+    wanted = {leaf.name: leaf.value for leaf in like if not leaf.is_empty}
+    problems = []
+    unexpected = [name for name in saved if name not in wanted]
+    for name, value in wanted.items():
+        if name not in saved:
+            meant = tree.nearest(name, unexpected or saved)
+            hint = f" (the checkpoint has {meant!r})" if meant else ""
+            problems.append(f"missing     {_show(name)}: `like` wants {_describe(value)}, not saved{hint}")
+            continue
+        problem = _misfit(saved[name], value, cast=cast)
+        if problem:
+            problems.append(problem.format(name=_show(name)))
+    problems += [f"unexpected  {_show(name)}: saved as {saved[name]}, not in `like`" for name in unexpected]
+    if problems:
+        raise StructureMismatchError(
+            f"{item}: the checkpoint does not fit the structure to restore into ({len(problems)} leaves):\n  "
+            + "\n  ".join(problems)
+            + "\nBuild `like` as it was when the checkpoint was saved, or restore without `like` to see what is "
+            "there; a dtype alone can be converted with `cast=True`."
+        )
+
+
+def _show(name: str) -> str:
+    return name or "(the item itself)"
+
+
+def _misfit(saved: SavedLeaf, like: Any, *, cast: bool) -> str | None:
+    """None where it fits, else a line with a place for the name."""
+    if isinstance(like, str) or saved.info is None:
+        if isinstance(like, str) and saved.info is None:
+            return None
+        return f"retyped     {{name}}: saved as {saved}, `like` wants {_describe(like)}"
+    if is_prng_key(like) or saved.key_impl is not None:
+        return _misfit_key(saved, like)
+    shape = () if type(like) in _KINDS else getattr(like, "shape", None)
+    if shape is None:
+        return f"retyped     {{name}}: saved as {saved}, `like` has {_describe(like)}, which is no array"
+    if tuple(shape) != saved.info.shape:
+        return f"reshaped    {{name}}: saved as {saved}, `like` wants {_describe(like)}"
+    if cast or _same_type(saved, like):
+        return None
+    return f"retyped     {{name}}: saved as {saved}, `like` wants {_describe(like)}"
+
+
+def _misfit_key(saved: SavedLeaf, like: Any) -> str | None:
+    if saved.key_impl is not None and is_prng_key(like):
+        assert saved.info is not None
+        template = jax.eval_shape(lambda: jax.random.key(0, impl=saved.key_impl))
+        if template.dtype == like.dtype:
+            if tuple(like.shape) == saved.info.shape[:-1]:
+                return None
+            return f"reshaped    {{name}}: saved as {saved}, `like` wants {_describe(like)}"
+    return f"retyped     {{name}}: saved as {saved}, `like` wants {_describe(like)}"
+
+
+def _same_type(saved: SavedLeaf, like: Any) -> bool:
+    assert saved.info is not None
+    if type(like) in _KINDS:
+        return _kind(saved.info.dtype) == _KINDS[type(like)]
+    if saved.value_type == "scalar":
+        # A Python number has no width of its own; `fit` refuses it where it would change in value.
+        return _kind(saved.info.dtype) == _kind(like.dtype)
+    return bool(saved.info.dtype == like.dtype)
+
+
+def _kind(dtype: Any) -> str:
+    for kind, parent in (("bool", np.bool_), ("integer", np.integer), ("complex", np.complexfloating)):
+        if jnp.issubdtype(dtype, parent):
+            return kind
+    return "float"
+
+
+def _describe(value: Any) -> str:
+    if type(value) in _KINDS or isinstance(value, str):
+        return f"a Python {type(value).__name__}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+# ------------------------------------------------------------------ values
+
+
+def fit(name: str, saved: SavedLeaf, host: np.ndarray, like: Any, *, cast: bool) -> Any:
+    """The host value for a leaf of `like` that `match` has let pass: a Python scalar, a NumPy array, a key."""
+    if saved.key_impl is not None:
+        return jax.random.wrap_key_data(jnp.asarray(host), impl=saved.key_impl)
+    if type(like) in _KINDS:
+        return type(like)(host.item())
+    if host.dtype == like.dtype:
+        return host[()] if isinstance(like, np.generic) else host
+    converted = host.astype(like.dtype)
+    if not cast and saved.value_type == "scalar" and converted.item() != host.item():
+        raise StructureMismatchError(
+            f"{_show(name)}: the saved Python number {host.item()!r} has no exact {like.dtype}, which `like` wants; "
+            "give a Python number there, or a wider dtype, or `cast=True`."
+        )
+    return converted[()] if isinstance(like, np.generic) else converted
+
+
+def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any]) -> None:
+    """Turns host values into JAX arrays where `like` has JAX arrays or abstract ones, in two batched transfers.
+
+    An array that was bound to its devices goes back there; one that was free to move stays free, since JAX
+    refuses to mix a bound scalar with arrays that are sharded elsewhere.
+    """
+    free: list[int] = []
+    bound: list[tuple[int, jax.sharding.Sharding]] = []
+    for number, leaf in enumerate(like):
+        if isinstance(leaf, jax.Array):
+            _check_width(names[number], leaf.dtype)
+            if leaf.committed:
+                bound.append((number, leaf.sharding))
+            else:
+                free.append(number)
+        elif not isinstance(leaf, np.ndarray | np.generic) and hasattr(leaf, "dtype"):
+            _check_width(names[number], leaf.dtype)
+            sharding = getattr(leaf, "sharding", None)
+            if sharding is None:
+                free.append(number)
+            else:
+                bound.append((number, sharding))
+    placed = jax.device_put([values[number] for number in free])
+    for number, value in zip(free, placed, strict=True):
+        values[number] = _as_weak_as(like[number], value)
+    placed = jax.device_put([values[number] for number, _ in bound], [sharding for _, sharding in bound])
+    for (number, _), value in zip(bound, placed, strict=True):
+        values[number] = value
+
+
+def _check_width(name: str, dtype: Any) -> None:
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise StructureMismatchError(
+            f"{_show(name)}: `like` wants a JAX array of {dtype}, which JAX would cut to "
+            f"{jax.dtypes.canonicalize_dtype(dtype)}; set jax_enable_x64, or give a NumPy array in `like`."
+        )
+
+
+def _as_weak_as(like: Any, value: jax.Array) -> jax.Array:
+    # A weakly typed scalar promotes differently (w32 * bf16 is bf16), so a run would not go on as it was.
+    if getattr(like, "weak_type", False) and not value.weak_type and value.ndim == 0:
+        weak = jnp.asarray(value.item())
+        if weak.dtype == value.dtype:
+            return weak
+    return value

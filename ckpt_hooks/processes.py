@@ -1,0 +1,127 @@
+"""The processes of one run: who is primary, barriers that time out, and operation ids.
+
+The only module that touches `jax.distributed`. Without it there is one process, every barrier is passed at
+once, and no JAX backend is started: a reader of checkpoints needs no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+
+import jax
+
+from ckpt_hooks import events
+from ckpt_hooks.errors import BarrierTimeoutError, InvalidArgumentError
+
+__all__ = ["MultiprocessingOptions", "barrier", "count", "decide_on_primary", "index", "next_operation_id"]
+
+DEFAULT_BARRIER_TIMEOUT_SECS = 300.0
+
+_operation_ids = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiprocessingOptions:
+    """Which processes take part in a checkpoint, and which of them commits it.
+
+    Attributes:
+      primary_host: the process that makes directories, writes metadata and commits; None makes every
+        process primary, for storage that each process has for itself.
+      active_processes: the processes that take part; None means all.
+      barrier_sync_key_prefix: told apart from other checkpointers' barriers by this prefix.
+
+    >>> MultiprocessingOptions().is_primary()
+    True
+    """
+
+    primary_host: int | None = 0
+    active_processes: frozenset[int] | set[int] | None = None
+    barrier_sync_key_prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        active = self.active_processes
+        if active is not None and self.primary_host is not None and self.primary_host not in active:
+            raise InvalidArgumentError(
+                f"primary_host={self.primary_host} is not one of active_processes={sorted(active)}; "
+                "the primary must take part."
+            )
+
+    def is_primary(self) -> bool:
+        """Whether this process commits."""
+        return self.primary_host is None or index() == self.primary_host
+
+    def check_membership(self) -> None:
+        """Raises InvalidArgumentError in a process that `active_processes` leaves out."""
+        if self.active_processes is not None and index() not in self.active_processes:
+            raise InvalidArgumentError(
+                f"process {index()} is not one of active_processes={sorted(self.active_processes)}; "
+                "only those may call this checkpointer."
+            )
+
+    def key(self, name: str) -> str:
+        """The name of a barrier, with the prefix that was asked for."""
+        prefix = self.barrier_sync_key_prefix
+        return name if prefix is None else f"{prefix}_{name}"
+
+
+def index() -> int:
+    """The number of this process, 0 without `jax.distributed`."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
+def count() -> int:
+    """How many processes there are, 1 without `jax.distributed`."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def next_operation_id() -> int:
+    """A number that every process counts alike, so that the barriers of two saves never mix."""
+    return next(_operation_ids)
+
+
+def barrier(
+    name: str,
+    options: MultiprocessingOptions | None = None,
+    timeout_secs: float = DEFAULT_BARRIER_TIMEOUT_SECS,
+) -> None:
+    """Waits until every active process is here.
+
+    Uses the coordination service and no device collective, so that a background thread may call it while
+    the main thread trains. Raises BarrierTimeoutError after `timeout_secs`.
+    """
+    options = options or MultiprocessingOptions()
+    key = options.key(name)
+    start_secs = time.perf_counter()
+    members = sorted(options.active_processes) if options.active_processes is not None else None
+    if count() > 1 and (members is None or len(members) > 1) and options.primary_host is not None:
+        _wait(key, members, timeout_secs)
+    events.duration("barrier_duration_secs", time.perf_counter() - start_secs, key=key)
+
+
+def _wait(key: str, members: list[int] | None, timeout_secs: float) -> None:
+    # JAX has no public barrier with a timeout; this one is what its own checkpointing uses.
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    assert client is not None, "is_initialized() said there was a client"
+    try:
+        client.wait_at_barrier(key, timeout_in_ms=int(timeout_secs * 1000), process_ids=members)
+    except jax.errors.JaxRuntimeError as error:
+        raise BarrierTimeoutError(
+            f"process {index()} waited {timeout_secs:g} s at barrier {key!r} and not every process came: {error}"
+        ) from error
+
+
+def decide_on_primary(key: str, answer: bool, timeout_secs: float = DEFAULT_BARRIER_TIMEOUT_SECS) -> bool:
+    """Process 0's answer to a question that clocks would answer differently on each process."""
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    assert client is not None, "asked only where there are several processes"
+    name = f"ckpt_hooks/{key}"
+    if index() == 0:
+        client.key_value_set(name, str(int(answer)), allow_overwrite=True)
+        return answer
+    return bool(int(client.blocking_key_value_get(name, int(timeout_secs * 1000))))

@@ -1,0 +1,156 @@
+"""One checkpoint of a run into a state: which items there are, and which part of the state each one is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from ckpt_hooks import train_state
+from ckpt_hooks.checkpointer import Checkpointer
+from ckpt_hooks.errors import InvalidArgumentError, ItemNotFoundError, StructureMismatchError
+from ckpt_hooks.handlers.base import CheckpointArgs
+from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
+from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
+from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
+from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
+from ckpt_hooks.run import METRICS_ITEM
+from ckpt_hooks.storage.checksums import FileChecksums
+from ckpt_hooks.temporary_paths import is_temporary
+
+__all__ = ["read_metadata", "restore_checkpoint"]
+
+# The names under which Orbax (v0, v1) and we keep a state that is a single item.
+_SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
+
+
+def restore_checkpoint(
+    path: str,
+    like: Any = None,
+    *,
+    items: Iterable[str] | None = None,
+    cast: bool = False,
+    objects: Mapping[str, Any] | None = None,
+) -> Any:
+    """Restores the checkpoint at `path`, as `CheckpointManager.restore` says."""
+    checkpoint = _Checkpoint(path)
+    objects = objects or {}
+    asked = None if items is None else _as_names(items)
+    if checkpoint.is_single_tree:
+        if asked is not None or objects:
+            wanted = [*(asked or ()), *objects]
+            raise ItemNotFoundError(f"{path} is one pytree without items, so it has no {wanted}; leave them out")
+        return checkpoint.restore_tree(like, cast=cast)
+    whole = checkpoint.whole_item(like) if asked is None else None
+    if like is None:
+        names = checkpoint.restorable(objects) if asked is None else asked
+        wanted_parts: dict[str, Any] = dict.fromkeys(names)
+    elif whole is not None:
+        wanted_parts = {whole: like}
+    else:
+        wanted_parts = checkpoint.parts_of(like, asked)
+    results = checkpoint.restore_items(wanted_parts, objects, with_target=like is not None, cast=cast)
+    states = {name: results.pop(name) for name in objects}
+    for name, state in states.items():  # last, so that a failed restore has changed nothing
+        objects[name].set_state(state)
+    if like is None or asked is not None:
+        return results
+    if whole is not None:
+        return results[whole]
+    return train_state.join(like, {**train_state.split(like), **results})
+
+
+def _as_names(items: Iterable[str]) -> list[str]:
+    if isinstance(items, str):
+        raise InvalidArgumentError(f'items= is a list of names, as in items=("{items}",)')
+    return list(items)
+
+
+class _Checkpoint:
+    """What there is in the directory of a checkpoint."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.is_single_tree = StandardCheckpointHandler.recognizes(path)
+        if self.is_single_tree:
+            return
+        with os.scandir(path) as entries:
+            present = {entry.name for entry in entries if entry.is_dir() and not is_temporary(entry.name)}
+        metadata = read_step_metadata(path) or StepMetadata()
+        recorded = metadata.item_handlers if isinstance(metadata.item_handlers, Mapping) else {}
+        checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+        self.saved = present | recorded.keys() | (checksums.items() if checksums else set())
+        # An item whose directory is missing counts as a tree if its handler was one: it is damage, not absence.
+        self.trees = {name for name in present if StandardCheckpointHandler.recognizes(os.path.join(path, name))}
+        self.trees |= {
+            name
+            for name, handler in recorded.items()
+            if name not in present and handler == StandardCheckpointHandler.typestr()
+        }
+
+    def restore_tree(self, like: Any, *, cast: bool) -> Any:
+        args = StandardRestoreArgs(like, cast=cast)
+        return Checkpointer(StandardCheckpointHandler()).restore(self.path, args=args)
+
+    def restore_items(
+        self, parts: Mapping[str, Any], objects: Mapping[str, Any], *, with_target: bool, cast: bool
+    ) -> dict[str, Any]:
+        """{item: its value}; of an item in `objects`, its bare state."""
+        args: dict[str, CheckpointArgs | None] = {}
+        for name, part in parts.items():
+            args[name] = self._args(name, part, with_target=with_target, cast=cast)
+        for name in objects:
+            args[name] = IteratorRestoreArgs()
+        handler = CompositeCheckpointHandler(**dict.fromkeys(args))
+        restored = Checkpointer(handler).restore(self.path, args=CompositeArgs(**args)) if args else CompositeArgs()
+        return dict(restored.items())
+
+    def _args(self, name: str, part: Any, *, with_target: bool, cast: bool) -> CheckpointArgs | None:
+        if name in self.saved and name not in self.trees:
+            return None  # JSON, an iterator's state, somebody's own: by what the checkpoint says of it
+        return StandardRestoreArgs(part, cast=cast) if with_target else StandardRestoreArgs()
+
+    def restorable(self, objects: Mapping[str, Any]) -> list[str]:
+        """What a restore without a target returns: everything but the metrics, which are metadata."""
+        metrics = {METRICS_ITEM} - self.trees
+        return sorted(self.saved - metrics - objects.keys())
+
+    def whole_item(self, like: Any) -> str | None:
+        """The one item that all of `like` is, where the checkpoint has a single tree under a name of its own."""
+        if like is None or len(self.trees) != 1:
+            return None
+        (name,) = self.trees
+        parts = train_state.split(like)
+        return name if name in _SINGLE_ITEMS and parts.keys() != {name} else None
+
+    def parts_of(self, like: Any, asked: list[str] | None) -> dict[str, Any]:
+        """{item: the part of `like` that it is restored into}."""
+        parts = train_state.split(like)
+        wanted = parts if asked is None else {name: parts[name] for name in asked if name in parts}
+        absent = [name for name in asked or () if name not in parts]
+        if absent:
+            raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
+        missing = [
+            name for name, part in wanted.items() if name not in self.saved and jax.tree_util.tree_leaves(part)
+        ]
+        if missing:
+            raise ItemNotFoundError(
+                f"{self.path} has no item {missing}; there are {sorted(self.saved)}. Restore the ones there are with "
+                "items=(...), and initialise the others."
+            )
+        unexpected = sorted(self.trees - parts.keys()) if asked is None else []
+        if unexpected:
+            raise StructureMismatchError(
+                f"{self.path} has items {unexpected} that `like` lacks; `like` has {sorted(parts)}. Restore only what "
+                f"you want with items={tuple(sorted(parts.keys() & self.trees))}."
+            )
+        return {name: part for name, part in wanted.items() if name in self.saved}
+
+
+def read_metadata(path: str) -> StepMetadata:
+    """The metadata of a checkpoint, with shapes and dtypes of its pytree items."""
+    single = StandardCheckpointHandler.recognizes(path)
+    handler = StandardCheckpointHandler() if single else CompositeCheckpointHandler()
+    return Checkpointer(handler).metadata(path)

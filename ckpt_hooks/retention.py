@@ -1,0 +1,161 @@
+"""Which checkpoints stay. Pure: steps and metrics in, the steps to keep out.
+
+A checkpoint stays if any policy keeps it; the newest always does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, Protocol
+
+from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError, MetricNotFoundError
+from ckpt_hooks.triggers import check_step
+
+__all__ = ["BestN", "EveryNSteps", "LatestN", "RetentionPolicy", "best_step", "check_policies", "steps_to_keep"]
+
+Mode = Literal["min", "max"]
+Metrics = Mapping[str, object]
+
+
+class RetentionPolicy(Protocol):
+    """Decides which of the steps of a run stay."""
+
+    def keep(self, metrics: Mapping[int, Metrics]) -> set[int]:
+        """The steps to keep, of those in `metrics`: {step: what was recorded at it}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LatestN:
+    """Keeps the `n` newest.
+
+    >>> sorted(LatestN(2).keep({10: {}, 20: {}, 30: {}}))
+    [20, 30]
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self.n, "LatestN(n)")
+
+    def keep(self, metrics: Mapping[int, Metrics]) -> set[int]:
+        return set(sorted(metrics)[-self.n :])
+
+
+@dataclasses.dataclass(frozen=True)
+class BestN:
+    """Keeps the `n` best by a recorded metric; of equals, the newer. NaN and infinity never rank.
+
+    >>> sorted(BestN(1, "loss").keep({10: {"loss": 0.2}, 20: {"loss": "NaN"}, 30: {"loss": 0.5}}))
+    [10]
+    """
+
+    n: int
+    metric: str
+    mode: Mode = "min"
+
+    def __post_init__(self) -> None:
+        _check_positive(self.n, "BestN(n)")
+        _check_metric(self.metric, self.mode)
+
+    def keep(self, metrics: Mapping[int, Metrics]) -> set[int]:
+        return set(ranked(metrics, self.metric, self.mode)[: self.n])
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryNSteps:
+    """Keeps each step that `n` divides.
+
+    >>> sorted(EveryNSteps(20).keep({10: {}, 20: {}, 30: {}}))
+    [20]
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self.n, "EveryNSteps(n)")
+
+    def keep(self, metrics: Mapping[int, Metrics]) -> set[int]:
+        return {step for step in metrics if step % self.n == 0}
+
+
+def check_policies(keep: object) -> tuple[RetentionPolicy, ...]:
+    """`keep` as policies: an int is `LatestN`, None keeps everything."""
+    if keep is None:
+        return ()
+    if isinstance(keep, int) and not isinstance(keep, bool):
+        return (LatestN(keep),)
+    policies = tuple(keep) if isinstance(keep, list | tuple) else (keep,)
+    for policy in policies:
+        if not callable(getattr(policy, "keep", None)):
+            raise InvalidArgumentTypeError(
+                f"keep is a number, a policy such as LatestN(3), or a list of policies; got {policy!r}"
+            )
+    if not policies:
+        raise InvalidArgumentError("keep=[] would keep nothing; give a policy, or None to keep everything")
+    return policies
+
+
+def steps_to_keep(policies: Iterable[RetentionPolicy], metrics: Mapping[int, Metrics]) -> set[int]:
+    """The steps that stay, of those in `metrics`."""
+    policies = tuple(policies)
+    if not policies or not metrics:
+        return set(metrics)
+    kept = {max(metrics)}
+    for policy in policies:
+        kept |= policy.keep(metrics)
+        if isinstance(policy, BestN) and not ranked(metrics, policy.metric, policy.mode):
+            # Nobody has recorded the metric yet: what may turn out to be the best must not go.
+            return set(metrics)
+    return kept
+
+
+def check_recorded(policies: Iterable[RetentionPolicy], metrics: Mapping[int, Metrics], new: Metrics) -> None:
+    """Raises MetricNotFoundError once a policy would have to choose by a metric that nobody recorded."""
+    for policy in policies:
+        if isinstance(policy, BestN) and len(metrics) > policy.n:
+            _require_metric(policy.metric, [*metrics.values(), new], f"keep has {policy}")
+
+
+def ranked(metrics: Mapping[int, Metrics], metric: str, mode: Mode) -> list[int]:
+    """The steps that recorded a finite value, best first; of equals, the newer first."""
+    sign = 1 if mode == "min" else -1
+    values = {step: recorded.get(metric) for step, recorded in metrics.items()}
+    finite = {
+        step: float(value)
+        for step, value in values.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    return sorted(finite, key=lambda step: (sign * finite[step], -step))
+
+
+def best_step(metrics: Mapping[int, Metrics], metric: str, mode: Mode) -> int | None:
+    """The best step; None for a run without checkpoints, and where no value is finite."""
+    _check_metric(metric, mode)
+    if not metrics:
+        return None
+    _require_metric(metric, metrics.values(), f"best_step({metric!r})")
+    steps = ranked(metrics, metric, mode)
+    return steps[0] if steps else None
+
+
+def _require_metric(metric: str, recorded: Iterable[Metrics], asked: str) -> None:
+    names: Sequence[str] = sorted({name for metrics in recorded for name in metrics})
+    if metric not in names:
+        raise MetricNotFoundError(
+            f"{asked}, and no checkpoint of this run recorded {metric!r}; recorded are {names}. Pass it in "
+            "metrics=, or add it later with record_metrics(step, ...)."
+        )
+
+
+def _check_positive(n: object, what: str) -> None:
+    if check_step(n, what) == 0:
+        raise InvalidArgumentError(f"{what} keeps at least one; got 0 (keep=None keeps everything)")
+
+
+def _check_metric(metric: object, mode: object) -> None:
+    if not isinstance(metric, str):
+        raise InvalidArgumentTypeError(f"a metric's name is a string, got {metric!r}")
+    if mode not in ("min", "max"):
+        raise InvalidArgumentError(f"mode is 'min' or 'max', got {mode!r}")

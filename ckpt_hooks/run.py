@@ -1,0 +1,214 @@
+"""The directory of a run: which steps it holds, what they recorded, who may write to it.
+
+``<directory>/<step>/`` is a checkpoint if its name is the step's integer and it was committed. Everything else in
+the directory is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_hooks.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    InvalidArgumentError,
+    UnwritableDirectoryError,
+    explain_os_error,
+)
+from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
+from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
+from ckpt_hooks.temporary_paths import is_committed
+
+__all__ = ["METRICS_ITEM", "RunDirectory"]
+
+METRICS_ITEM = "metrics"
+_METRICS_FILE = f"{METRICS_ITEM}/{METRICS_ITEM}"  # where Orbax's CheckpointManager keeps its metrics
+_STEP_NAME = re.compile(r"0|[1-9]\d*")
+
+_log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """Reading needs no lock and makes nothing; `lock` comes before the first change."""
+
+    def __init__(self, directory: Any) -> None:
+        path = os.fspath(directory)
+        if "://" in path:
+            raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
+        self.path = os.path.abspath(os.path.expanduser(path))
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+            raise UnwritableDirectoryError(
+                f"{self.path} is a file; a run is a directory of checkpoints. Choose another path."
+            )
+        self.rejected: dict[int, str] = {}  # steps that did not verify, with the reason
+        self._lock: commit.DirectoryLock | None = None
+        self._warned: set[str] = set()
+        self._metrics: dict[int, Mapping[str, Any]] = {}
+
+    def step_path(self, step: int) -> str:
+        return os.path.join(self.path, str(step))
+
+    # -------------------------------------------------------------- reading
+
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first, without those that did not verify."""
+        return [step for step in sorted(self._candidates()) if self._is_checkpoint(step)]
+
+    def latest_step(self) -> int | None:
+        """The newest of `steps`; looks at no more directories than it has to."""
+        newest_first = sorted(self._candidates(), reverse=True)
+        return next((step for step in newest_first if self._is_checkpoint(step)), None)
+
+    def _candidates(self) -> list[int]:
+        try:
+            names = os.listdir(self.path)
+        except FileNotFoundError:
+            return []
+        return [int(name) for name in names if _STEP_NAME.fullmatch(name)]
+
+    def _is_checkpoint(self, step: int) -> bool:
+        if step in self.rejected:
+            return False
+        path = self.step_path(step)
+        committed = is_committed(path)
+        if not committed and path not in self._warned and os.path.lexists(path):
+            self._warned.add(path)
+            _log.warning("%s is not a checkpoint (it was never committed) and is ignored", path)
+        return committed
+
+    def require(self, step: int) -> str:
+        """The path of a committed step; CheckpointNotFoundError names those there are."""
+        path = self.step_path(step)
+        if not os.path.isdir(path):
+            raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}; there are {self.steps()}")
+        if not is_committed(path):
+            raise IncompleteCheckpointError(f"step {step} of {self.path} was never committed; there are {self.steps()}")
+        return path
+
+    def metadata(self, step: int) -> StepMetadata:
+        """The verified metadata of a step."""
+        path = self.require(step)
+        checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+        if checksums is not None:
+            checksums.check(path, below="")
+        return read_step_metadata(path) or StepMetadata()
+
+    def metrics(self, step: int) -> Mapping[str, Any]:
+        """What was recorded at a step, by us or by Orbax; nothing where it cannot be read."""
+        if step not in self._metrics:
+            try:
+                metadata = self.metadata(step)
+                recorded = dict(metadata.metrics or metadata.custom_metadata.get("metrics") or {})
+                self._metrics[step] = recorded or self._orbax_metrics(step)
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+                _log.warning("the metrics of step %d cannot be read: %s", step, error)
+                return {}
+        return self._metrics[step]
+
+    def _orbax_metrics(self, step: int) -> Mapping[str, Any]:
+        try:
+            with open(os.path.join(self.step_path(step), _METRICS_FILE), "rb") as file:
+                content = json.loads(file.read())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def problems(self, step: int) -> list[str]:
+        """Reads every byte of a step and names what is not as it was saved; for ours only."""
+        path = self.require(step)
+        try:
+            checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+        except CorruptCheckpointError as error:
+            return [str(error)]
+        return [*(checksums.problems(path) if checksums else ()), *array_problems(path)]
+
+    # -------------------------------------------------------------- writing
+
+    def lock(self) -> None:
+        """Makes the directory and becomes its one writer; clears up after writers that died.
+
+        Raises RunLockedError where another writer lives, UnwritableDirectoryError where nobody may write.
+        """
+        if self._lock is not None:
+            return
+        try:
+            os.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            raise explain_os_error(error, f"cannot make directory {self.path}") from error
+        self._lock = commit.DirectoryLock(self.path)
+        for name in commit.remove_dead_temporaries(self.path):
+            _log.info("removed %s, left in %s by a writer that died", name, self.path)
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def make_way(self, step: int) -> None:
+        """Moves aside what is no checkpoint and is in the way of one: damaged steps, and a stray directory."""
+        for rejected in list(self.rejected):
+            self.set_aside(rejected, "damaged")
+            del self.rejected[rejected]
+        if os.path.lexists(self.step_path(step)) and not is_committed(self.step_path(step)):
+            self.set_aside(step, "stray")
+
+    def set_aside(self, step: int, label: str) -> None:
+        """Renames a step to ``<step>.<label>``, where nobody takes it for a checkpoint and nobody deletes it."""
+        self._metrics.pop(step, None)
+        if os.path.lexists(self.step_path(step)):
+            aside = commit.move_aside(self.step_path(step), label)
+            _log.warning("step %d was set aside as %s", step, aside)
+
+    def remove(self, step: int) -> None:
+        """Removes a step; a reader sees all of it or nothing."""
+        self._metrics.pop(step, None)
+        commit.remove_tree(self.step_path(step))
+
+    def forget_metrics(self, step: int) -> None:
+        """After a step was written anew."""
+        self._metrics.pop(step, None)
+
+    def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds metrics to a committed step; a crash in between leaves the old ones or the new ones."""
+        metadata = self.metadata(step)
+        path = self.require(step)
+        merged = {**self.metrics(step), **metrics}
+        item_handlers = metadata.item_handlers
+        changed = {}
+        if not os.path.exists(os.path.join(path, METRICS_ITEM, "_METADATA")):  # not a part of the state
+            changed[_METRICS_FILE] = json.dumps(merged).encode()
+            if isinstance(item_handlers, Mapping):
+                item_handlers = {**item_handlers, METRICS_ITEM: JSON_TYPESTR}
+        content = {
+            **metadata.to_json(),
+            "item_handlers": item_handlers,
+            "metrics": merged,
+            "custom_metadata": {**metadata.custom_metadata, "metrics": merged},
+        }
+        changed[METADATA_FILE] = json.dumps(content).encode()
+        self._replace_files(path, changed)
+        self._metrics[step] = merged
+
+    def _replace_files(self, path: str, changed: Mapping[str, bytes]) -> None:
+        # The checksums accept old and new while the files change one by one, then only the new ones.
+        checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+        if checksums is not None:
+            commit.replace_file(os.path.join(path, FILE), checksums.accepting(changed).encode())
+        for name, data in changed.items():
+            folder = os.path.dirname(os.path.join(path, name))
+            if not os.path.isdir(folder):
+                commit.make_directory(folder)
+                commit.sync_directory(path)
+            commit.replace_file(os.path.join(path, name), data)
+        if checksums is not None:
+            commit.replace_file(os.path.join(path, FILE), checksums.replacing(changed).encode())
+
+
+JSON_TYPESTR = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"

@@ -1,0 +1,257 @@
+"""Checksums: what every byte of a checkpoint was when it was saved.
+
+Two plain files, both XXH3-64, neither of which another reader of the format looks at:
+
+``_ARRAY_CHECKSUMS``, in a pytree item, covers the data files, piece by piece (a piece is one chunk of an
+array, or one node of the index), so that a restore checks only what it reads::
+
+    one line of JSON   {"format": 1, "files": [["d/<name>", number of pieces, size of the file], ...]}
+    then per piece     uint64 offset | uint64 length | uint64 XXH3-64        (little-endian, file by file)
+    last 8 bytes       uint64 XXH3-64 of everything before
+
+``_CHECKSUMS``, in the checkpoint's own directory, covers every other file of the checkpoint, the items'
+``_ARRAY_CHECKSUMS`` among them, so that an item swapped in from another step does not pass. It is text, in the
+manner of ``sha256sum``; a file that `record_metrics` is about to replace stands there twice, old and new, so
+that a crash between the two leaves a checkpoint that still verifies::
+
+    ckpt_hooks checksums 1
+    <16 hex digits of XXH3-64> <size> <path relative to this directory>
+    ...
+    <16 hex digits of XXH3-64 of all lines before>
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ckpt_hooks.errors import CorruptCheckpointError
+
+__all__ = ["ARRAY_FILE", "FILE", "ArrayChecksums", "FileChecksums", "digest"]
+
+FILE = "_CHECKSUMS"
+ARRAY_FILE = "_ARRAY_CHECKSUMS"
+PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
+COMMIT_MARKER = "commit_success.txt"
+_TITLE = "ckpt_hooks checksums 1"
+_READ_NBYTES = 16 << 20
+
+Pieces = npt.NDArray[np.void]
+Digest = tuple[str, int]  # 16 hex digits, size in bytes
+
+digest = xxhash.xxh3_64_intdigest
+
+
+# ------------------------------------------------------------------ array checksums
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayChecksums:
+    """The pieces of the data files of one pytree item: {path: (pieces, size of the file)}."""
+
+    files: Mapping[str, tuple[Pieces, int]]
+
+    def encode(self) -> bytes:
+        """The file ``_ARRAY_CHECKSUMS``."""
+        table = [[path, len(pieces), nbytes] for path, (pieces, nbytes) in self.files.items()]
+        head = json.dumps({"format": 1, "files": table}).encode() + b"\n"
+        body = head + b"".join(pieces.tobytes() for pieces, _ in self.files.values())
+        return body + struct.pack("<Q", digest(body))
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> ArrayChecksums:
+        """Raises CorruptCheckpointError when the file does not verify itself."""
+        body, seal = encoded[:-8], encoded[-8:]
+        if len(seal) < 8 or struct.unpack("<Q", seal)[0] != digest(body):
+            raise CorruptCheckpointError(f"{ARRAY_FILE} fails its own checksum")
+        head, _, rest = body.partition(b"\n")
+        files = {}
+        for path, num, nbytes in json.loads(head)["files"]:
+            pieces, rest = np.frombuffer(rest[: num * PIECE.itemsize], PIECE), rest[num * PIECE.itemsize :]
+            files[path] = (pieces, nbytes)
+        return cls(files)
+
+    def of(self, file: str) -> dict[int, tuple[int, int]]:
+        """{offset: (length, digest)} of the pieces of a file."""
+        if file not in self.files:
+            raise CorruptCheckpointError(f"index refers to {file!r}, which {ARRAY_FILE} does not know")
+        pieces, _ = self.files[file]
+        lengths = zip(pieces["nbytes"].tolist(), pieces["digest"].tolist(), strict=True)
+        return dict(zip(pieces["offset"].tolist(), lengths, strict=True))
+
+    def problems(self, directory: str) -> Iterator[str]:
+        """Reads every data file and names each piece that is not what was saved."""
+        for name, (pieces, nbytes) in self.files.items():
+            path = os.path.join(directory, name)
+            found_nbytes = os.path.getsize(path) if os.path.isfile(path) else None
+            if found_nbytes != nbytes:
+                yield f"{path}: {_size(found_nbytes)}, saved with {nbytes} bytes"
+                continue
+            with open(path, "rb", buffering=0) as file:
+                for offset, length, saved in pieces.tolist():
+                    if digest(os.pread(file.fileno(), length, offset)) != saved:
+                        yield f"{path}: bytes {offset} to {offset + length} are not what was saved"
+
+
+def check_piece(data: memoryview | npt.NDArray[np.uint8], saved: int, where: str) -> None:
+    """Raises CorruptCheckpointError unless `data` is what was saved."""
+    found = digest(data)
+    if found != saved:
+        raise CorruptCheckpointError(f"{where}: checksum {found:016x}, saved as {saved:016x}")
+
+
+# ------------------------------------------------------------------ file checksums
+
+
+@dataclasses.dataclass(frozen=True)
+class FileChecksums:
+    """The accepted checksums of each file of a checkpoint: {path: ((digest, size), ...)}."""
+
+    files: Mapping[str, tuple[Digest, ...]]
+
+    @classmethod
+    def of_directory(cls, directory: str) -> FileChecksums:
+        """Reads and sums every file below `directory` that no ``_ARRAY_CHECKSUMS`` covers."""
+        files = {path: (_file_digest(os.path.join(directory, path)),) for path in _uncovered(directory)}
+        return cls(files)
+
+    @classmethod
+    def read(cls, directory: str) -> FileChecksums | None:
+        """The file in `directory`; None where there is none (somebody else's checkpoint).
+
+        Raises CorruptCheckpointError when it does not verify itself.
+        """
+        try:
+            with open(os.path.join(directory, FILE), "rb") as file:
+                return cls.decode(file.read())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @classmethod
+    def of_checkpoint(cls, directory: str, metadata_file: str) -> FileChecksums | None:
+        """`read`, where a checkpoint of ours that has lost the file does not pass for somebody else's.
+
+        Ours is told by an array table in an item, or beside the step metadata; an item that is read by itself
+        has neither.
+        """
+        checksums = cls.read(directory)
+        if checksums is None and os.path.isdir(directory):
+            with os.scandir(directory) as entries:
+                folders = [entry.path for entry in entries if entry.is_dir()]
+            if os.path.exists(os.path.join(directory, metadata_file)):
+                folders.append(directory)
+            if any(os.path.exists(os.path.join(folder, ARRAY_FILE)) for folder in folders):
+                raise CorruptCheckpointError(f"{os.path.join(directory, FILE)} is missing")
+        return checksums
+
+    def encode(self) -> bytes:
+        """The file ``_CHECKSUMS``."""
+        rows = [
+            f"{hexdigest} {nbytes} {json.dumps(path)}\n"
+            for path, accepted in sorted(self.files.items())
+            for hexdigest, nbytes in accepted
+        ]
+        body = "".join((f"{_TITLE}\n", *rows)).encode()
+        return body + f"{digest(body):016x}\n".encode()
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> FileChecksums:
+        """Raises CorruptCheckpointError when the file does not verify itself."""
+        body, seal = encoded[:-17], encoded[-17:]
+        if seal != f"{digest(body):016x}\n".encode() or not body.startswith(_TITLE.encode()):
+            raise CorruptCheckpointError(f"{FILE} fails its own checksum")
+        files: dict[str, tuple[Digest, ...]] = {}
+        for row in body.decode().splitlines()[1:]:
+            hexdigest, nbytes, path = row.split(" ", 2)
+            name = json.loads(path)
+            files[name] = (*files.get(name, ()), (hexdigest, int(nbytes)))
+        return cls(files)
+
+    def accepting(self, changed: Mapping[str, bytes]) -> FileChecksums:
+        """These checksums, with the new content of some files accepted beside the old one."""
+        added = {path: (*self.files.get(path, ()), _digest_of(data)) for path, data in changed.items()}
+        return FileChecksums({**self.files, **added})
+
+    def replacing(self, changed: Mapping[str, bytes]) -> FileChecksums:
+        """These checksums, with the new content of some files accepted instead of the old one."""
+        return FileChecksums({**self.files, **{path: (_digest_of(d),) for path, d in changed.items()}})
+
+    def items(self) -> set[str]:
+        """The names of the sub-directories that hold a covered file."""
+        return {path.split("/", 1)[0] for path in self.files if "/" in path}
+
+    def problems(self, directory: str, below: str | None = None) -> Iterator[str]:
+        """Names each covered file that is missing or not what was saved.
+
+        `below` limits it to one item, ``""`` to the checkpoint's own plain files.
+        """
+        for path, accepted in self.files.items():
+            item = path.split("/", 1)[0] if "/" in path else ""
+            if below is not None and item != below:
+                continue
+            problem = _problem(os.path.join(directory, path), accepted)
+            if problem:
+                yield problem
+
+    def check(self, directory: str, below: str | None = None) -> None:
+        """Raises CorruptCheckpointError that lists every problem."""
+        problems = list(self.problems(directory, below))
+        if problems:
+            raise CorruptCheckpointError("; ".join(problems))
+
+
+def array_problems(directory: str) -> Iterator[str]:
+    """Reads every data file below `directory` and names each piece that is not what was saved."""
+    for folder, _, names in os.walk(directory):
+        if ARRAY_FILE in names:
+            try:
+                with open(os.path.join(folder, ARRAY_FILE), "rb") as file:
+                    yield from ArrayChecksums.decode(file.read()).problems(folder)
+            except CorruptCheckpointError as error:
+                yield f"{folder}: {error}"
+
+
+def _problem(path: str, accepted: Iterable[Digest]) -> str | None:
+    saved = list(accepted)
+    found_nbytes = os.path.getsize(path) if os.path.isfile(path) else None
+    if found_nbytes not in [nbytes for _, nbytes in saved]:
+        return f"{path}: {_size(found_nbytes)}, saved with {saved[-1][1]} bytes"
+    found = _file_digest(path)
+    return None if found in saved else f"{path}: checksum {found[0]}, saved as {saved[-1][0]}"
+
+
+def _size(nbytes: int | None) -> str:
+    return "missing" if nbytes is None else f"{nbytes} bytes"
+
+
+def _digest_of(data: bytes) -> Digest:
+    return f"{digest(data):016x}", len(data)
+
+
+def _file_digest(path: str) -> Digest:
+    state = xxhash.xxh3_64()
+    nbytes = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_READ_NBYTES):
+            state.update(block)
+            nbytes += len(block)
+    return f"{state.intdigest():016x}", nbytes
+
+
+def _uncovered(directory: str) -> Iterator[str]:
+    covered = {FILE}
+    for folder, _, names in os.walk(directory):  # top-down: an item's table comes before its data files
+        inside = os.path.relpath(folder, directory)
+        here = "" if inside == "." else f"{inside}/"
+        if ARRAY_FILE in names:
+            with open(os.path.join(folder, ARRAY_FILE), "rb") as file:
+                covered.update(here + name for name in ArrayChecksums.decode(file.read()).files)
+        # What a commit marker says is nowhere trusted, so a damaged one does no harm.
+        yield from (here + name for name in names if here + name not in covered and name != COMMIT_MARKER)

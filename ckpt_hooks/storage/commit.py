@@ -1,0 +1,330 @@
+"""The durable commit: the only module that renames, removes, syncs or locks.
+
+A checkpoint becomes real at one instant, the rename of its temporary directory, and only after every byte and
+every directory entry in it is on the disk. After a power cut it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import logging
+import os
+import shutil
+import stat
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+
+from ckpt_hooks.errors import DiskFullError, RunLockedError, explain_os_error
+
+__all__ = [
+    "TMP_SUFFIX",
+    "DirectoryLock",
+    "make_directory",
+    "move_aside",
+    "move_to_replaced",
+    "publish",
+    "remove_dead_temporaries",
+    "remove_tree",
+    "rename",
+    "replace_file",
+    "require_free_bytes",
+    "run_parallel",
+    "sync_directory",
+    "sync_file",
+    "sync_tree",
+    "write_file",
+]
+
+TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's: its readers skip every name that holds it
+_REMOVED = ".removed"
+_REPLACED = ".replaced"
+_SYNC_THREADS = 4  # one journal commit of the file system serves all that wait for it
+_MARGIN_BYTES = 1 << 20
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+_log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------ files and directories
+
+
+def make_directory(path: str, mode: int | None = None) -> None:
+    """Makes a directory and its parents; raises an error that names the path."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.mkdir(path)
+        if mode is not None:
+            os.chmod(path, mode)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot make directory {path}") from error
+
+
+def write_file(path: str, data: bytes | str) -> None:
+    """Writes a file that `sync_tree` will make durable."""
+    with open(path, "wb", buffering=0) as file:
+        view = memoryview(data.encode() if isinstance(data, str) else data)
+        while view:
+            view = view[file.write(view) :]  # an unbuffered write may be short
+
+
+def replace_file(path: str, data: bytes | str, *, durable: bool = True) -> None:
+    """Replaces a file's content: a reader sees the old one or the new one.
+
+    If `durable`, so it is after a power cut, and the new one stays; otherwise `sync_tree` has to follow.
+    """
+    temporary = f"{path}{TMP_SUFFIX}"
+    try:
+        write_file(temporary, data)
+        if durable:
+            sync_file(temporary)
+        os.rename(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise explain_os_error(error, f"cannot write {path}") from error
+    if durable:
+        sync_directory(os.path.dirname(path))
+
+
+def rename(path: str, new: str) -> None:
+    """Renames inside a directory that `sync_tree` will make durable."""
+    os.rename(path, new)
+
+
+def require_free_bytes(directory: str, needed_bytes: int) -> None:
+    """Raises DiskFullError where the file system of `directory` has less than `needed_bytes` free."""
+    folder = directory
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    space = os.statvfs(folder)
+    free_bytes = space.f_bavail * space.f_frsize
+    if free_bytes < needed_bytes + _MARGIN_BYTES:
+        raise DiskFullError(
+            f"{directory}: the checkpoint needs {needed_bytes:,} bytes and {free_bytes:,} are free. "
+            "Nothing was written; free some space, or keep fewer checkpoints (`keep=`)."
+        )
+
+
+def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
+    """Runs the tasks on this thread and `num_threads - 1` others; raises the first error."""
+    remaining = iter(tasks)
+    lock = threading.Lock()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                task = next(remaining, None)
+            if task is None:
+                return
+            try:
+                task()
+            except BaseException as error:
+                errors.append(error)
+
+    threads = []
+    for _ in range(num_threads - 1):
+        thread = threading.Thread(target=work, name="ckpt_hooks-io")
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is ending: a save in flight commits all the same, more slowly
+            break
+        threads.append(thread)
+    work()
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as error:  # Ctrl-C: no thread may outlive the file that it writes to
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+# ------------------------------------------------------------------ durability
+
+
+def sync_directory(path: str) -> None:
+    """Makes the names in a directory durable: without it a power cut may undo a rename."""
+    sync_file(path)
+
+
+def sync_tree(directory: str) -> None:
+    """Makes every file and directory below `directory`, and itself, durable."""
+    paths = [directory]
+    for folder, folders, files in os.walk(directory):
+        paths += [os.path.join(folder, name) for name in (*folders, *files)]
+    run_parallel([functools.partial(sync_file, path) for path in paths], _SYNC_THREADS)
+
+
+def sync_file(path: str) -> None:
+    """Makes a file's content, or a directory's names, durable."""
+    # A failed fsync is never tried again: the kernel may have dropped the pages, and a second call would
+    # report success for bytes that are lost. The save has failed.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: str, final: str, *, replace: bool = False) -> None:
+    """The commit: `temporary`, whole and durable, becomes `final`.
+
+    With `replace`, a checkpoint that is there already stays until the new one has taken its place, and is
+    removed after that.
+    """
+    if replace and os.path.lexists(final):
+        if _exchange(temporary, final):
+            old = temporary
+        else:
+            old = move_to_replaced(final)  # a crash after this: remove_dead_temporaries() puts it back
+            os.rename(temporary, final)
+        sync_directory(os.path.dirname(final))
+        remove_tree(old)
+    else:
+        os.rename(temporary, final)
+        sync_directory(os.path.dirname(final))
+
+
+def move_to_replaced(final: str) -> str:
+    """Renames a checkpoint that another one is about to replace, and returns where it is."""
+    replaced = f"{final}{_REPLACED}{TMP_SUFFIX}"
+    os.rename(final, replaced)
+    return replaced
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Swaps two names in one step (Linux); False where that cannot be done."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+# ------------------------------------------------------------------ removal
+
+
+def remove_tree(path: str) -> None:
+    """Removes a checkpoint or a temporary directory; no reader ever sees a half-removed checkpoint."""
+    if TMP_SUFFIX not in os.path.basename(path):
+        doomed = _unused(f"{path}{_REMOVED}", TMP_SUFFIX)
+        os.rename(path, doomed)
+        sync_directory(os.path.dirname(path))
+        path = doomed
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def move_aside(path: str, label: str) -> str:
+    """Renames a checkpoint so that nobody takes it for one, and returns where it is now."""
+    aside = _unused(f"{path}.{label}", "")
+    os.rename(path, aside)
+    sync_directory(os.path.dirname(path))
+    return aside
+
+
+def _unused(stem: str, suffix: str) -> str:
+    candidate, number = stem + suffix, 1
+    while os.path.lexists(candidate):
+        candidate, number = f"{stem}.{number}{suffix}", number + 1
+    return candidate
+
+
+def remove_dead_temporaries(directory: str) -> list[str]:
+    """Removes what writers that no longer live have left in `directory`; a live writer's stay."""
+    removed = []
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in entries if TMP_SUFFIX in entry.name]
+    for name in names:
+        path = os.path.join(directory, name)
+        final, replaced, _ = path.partition(f"{_REPLACED}{TMP_SUFFIX}")
+        if replaced and not os.path.lexists(final):
+            os.rename(path, final)  # the writer died between the two renames of `publish`
+            continue
+        if os.path.isdir(path) and not _is_dead(path):
+            continue
+        try:
+            remove_tree(path)
+        except OSError as error:
+            _log.warning("cannot remove %s, left by an earlier writer: %s", path, error)
+            continue
+        removed.append(name)
+    return removed
+
+
+def _is_dead(path: str) -> bool:
+    try:
+        DirectoryLock(path).release()
+    except RunLockedError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------ locks
+
+
+class DirectoryLock:
+    """An exclusive lock on a directory, which a process that has died cannot hold.
+
+    Readers need no lock. Raises RunLockedError where another writer, of this or another process, holds it.
+    """
+
+    def __init__(self, path: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _lock_holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                _log.warning("%s: this file system has no locks (%s); make sure of one writer", path, error)
+                self._finalizer = weakref.finalize(self, lambda: None)
+                return
+            raise RunLockedError(
+                f"{path}: {holder} is writing here. Two writers would mix their checkpoints: wait until it "
+                "ends, close its manager or hook, or choose another directory. Reading needs no lock."
+            ) from None
+        self._finalizer = weakref.finalize(self, os.close, descriptor)
+        _held_locks.add(self)
+
+    def release(self) -> None:
+        """Gives the lock back; may be called twice."""
+        self._finalizer()
+
+
+_held_locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    # A forked data-loading worker that outlives its parent must not keep the run locked.
+    for lock in list(_held_locks):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _lock_holder(descriptor: int) -> str:
+    """Who holds the lock, where the system tells."""
+    status = os.fstat(descriptor)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        with open("/proc/locks") as file:
+            for row in file:
+                fields = row.split()
+                if place in fields and "FLOCK" in fields:
+                    pid = int(fields[fields.index(place) - 1])
+                    return "this process" if pid == os.getpid() else f"process {pid}"
+    except (OSError, ValueError):
+        pass
+    return "another writer"

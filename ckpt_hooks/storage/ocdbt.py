@@ -1,0 +1,386 @@
+"""The OCDBT index: bytes to entries and back, with no I/O.
+
+OCDBT is tensorstore's open format (its page "ocdbt Key-Value Store driver" defines every field): a manifest
+names one version, the version names a B+tree, and a leaf of the tree maps a key to a value, which stands
+either in the node itself or at (file, offset, length). Orbax keeps a zarr array as the keys ``<name>/.zarray``
+and ``<name>/<chunk>``.
+
+We write one version, nodes that are not compressed, and data files of our own naming; we read only what we
+write. Everybody else's databases are tensorstore's business (`storage.foreign`).
+
+An encoded node, all integers little-endian unless noted, "v" a LEB128 varint, columns stored one after another::
+
+    uint32be 0x0cdb20de | uint64 length | v version=0 | v compression=0 | uint8 height | file table | v entries
+    v key_prefix_length[1:] | v key_suffix_length[] | (height>0: v subtree_prefix_length[]) | key_suffix[]
+    height=0: v value_length[] | v value_kind[] | v file[] | v offset[] (kind 1 only) | value[] (kind 0 only)
+    height>0: v file[] | v offset[] | v length[] | v keys[] | v tree_bytes[] | v indirect_bytes[]
+    uint32 crc32c of all before
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Sequence
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from ckpt_hooks.errors import CorruptCheckpointError
+
+__all__ = ["Child", "Entry", "Node", "Root", "decode_manifest", "decode_node", "encode_manifest", "node_prefix"]
+
+_NODE_MAGIC = 0x0CDB20DE
+_MANIFEST_MAGIC = 0x0CDB3A2A
+_OUTER_HEADER = struct.Struct("<4sQBB")  # magic (big-endian on disk), length, version, compression
+_CRC_NBYTES = 4
+MAX_INLINE_VALUE_BYTES = 1024  # Orbax's setting, recorded in the manifest
+_MAX_DECODED_NODE_BYTES = 100_000_000  # likewise
+
+U64 = npt.NDArray[np.uint64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a value stands: in `inline`, or at `offset` of `file`, `nbytes` long."""
+
+    nbytes: int
+    inline: memoryview | None
+    file: str = ""
+    offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Child:
+    """A node below an interior node, or the root below the manifest."""
+
+    first_key: bytes
+    file: str
+    offset: int
+    nbytes: int
+    num_keys: int
+    tree_nbytes: int
+    indirect_nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Root:
+    """What the manifest says of its one version."""
+
+    child: Child
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A decoded node: `entries` of a leaf, or `children` of an interior node."""
+
+    entries: dict[bytes, Entry]
+    children: tuple[Child, ...]
+
+
+# ------------------------------------------------------------------ integers and columns
+
+
+def varint(value: int) -> bytes:
+    """LEB128.
+
+    >>> varint(300).hex()
+    'ac02'
+    """
+    out = bytearray()
+    while value > 0x7F:
+        out.append((value & 0x7F) | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def encode_varints(values: Sequence[int] | U64) -> bytes:
+    """A column of LEB128 integers, without a Python step per integer.
+
+    >>> encode_varints([1, 300]).hex()
+    '01ac02'
+    """
+    column = np.asarray(values, dtype=np.uint64)
+    if column.size == 0:
+        return b""
+    # groups[i, k] is the k-th 7-bit group of value i; ten groups hold 64 bits.
+    shifts = np.arange(0, 70, 7, dtype=np.uint64)
+    groups = np.where(shifts < 64, column[:, None] >> np.minimum(shifts, 63), 0).astype(np.uint8) & 0x7F
+    groups[:, 9] = (column >> np.uint64(63)).astype(np.uint8)
+    used = np.maximum(1, 10 - np.argmax(groups[:, ::-1] != 0, axis=1))
+    used[~groups.any(axis=1)] = 1
+    position = np.arange(10)
+    groups[position < used[:, None] - 1] |= 0x80
+    return groups[position < used[:, None]].tobytes()
+
+
+def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[list[int], int]:
+    """`num` LEB128 integers from `start`, and the position after them."""
+    if num == 0:
+        return [], start
+    window = buffer[start : start + 10 * num]
+    ends = np.flatnonzero(window < 0x80)[:num]
+    if len(ends) < num:
+        raise CorruptCheckpointError("index node ends in the middle of an integer")
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if int(lengths.max()) > 10:
+        raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
+    values = np.zeros(num, np.uint64)
+    for k in range(int(lengths.max())):
+        has = lengths > k
+        group = (window[starts[has] + k] & 0x7F).astype(np.uint64)
+        values[has] |= group << np.uint64(7 * k)
+    return values.tolist(), start + int(ends[-1]) + 1
+
+
+def shared_prefix_lengths(keys: Sequence[bytes]) -> list[int]:
+    """How many leading bytes each key (from the second) shares with the one before it.
+
+    >>> shared_prefix_lengths([b"a/.zarray", b"a/0", b"b"])
+    [2, 0]
+    """
+    if len(keys) < 2:
+        return []
+    lengths = np.array([len(key) for key in keys])
+    table = np.array(keys, dtype=f"S{max(1, lengths.max())}")
+    rows = table.view(np.uint8).reshape(len(keys), -1)
+    differ = rows[1:] != rows[:-1]
+    first = np.where(differ.any(axis=1), differ.argmax(axis=1), rows.shape[1])
+    return np.minimum(first, np.minimum(lengths[1:], lengths[:-1])).tolist()
+
+
+def _file_table(files: Sequence[str]) -> bytes:
+    # Base paths stay empty: every file is named relative to the database itself.
+    paths = [file.encode() for file in files]
+    shared = [0, *shared_prefix_lengths(paths)] if paths else []
+    suffixes = [path[n:] for path, n in zip(paths, shared, strict=True)]
+    return b"".join(
+        (
+            varint(len(paths)),
+            encode_varints(shared[1:]),
+            encode_varints([len(s) for s in suffixes]),
+            bytes(len(paths)),
+            *suffixes,
+        )
+    )
+
+
+def _keys_columns(keys: Sequence[bytes], *, interior: bool) -> bytes:
+    shared = [0, *shared_prefix_lengths(keys)]
+    suffixes = [key[n:] for key, n in zip(keys, shared, strict=True)]
+    subtree = bytes(len(keys)) if interior else b""  # no prefix is cut from the keys below
+    return b"".join(
+        (encode_varints(shared[1:]), encode_varints([len(s) for s in suffixes]), subtree, *suffixes)
+    )
+
+
+# ------------------------------------------------------------------ encoding
+
+
+def node_prefix(
+    keys: Sequence[bytes],
+    value_nbytes: Sequence[int],
+    files: Sequence[str],
+    locations: Sequence[tuple[int, int] | None],
+) -> bytes:
+    """A leaf node without the inline values that follow and without its length and checksum.
+
+    `locations[i]` is (file number, offset) of a value out of line, None for one that stands in the node.
+    All of it depends only on the structure of a state, so it is made once (`storage.layout`).
+    """
+    outside = [where for where in locations if where is not None]
+    return b"".join(
+        (
+            b"\0",  # height
+            _file_table(files),
+            varint(len(keys)),
+            _keys_columns(keys, interior=False),
+            encode_varints(value_nbytes),
+            bytes(where is not None for where in locations),
+            encode_varints([file for file, _ in outside]),
+            encode_varints([offset for _, offset in outside]),
+        )
+    )
+
+
+def interior_prefix(height: int, children: Sequence[Child]) -> bytes:
+    """An interior node over `children`, without its length and checksum."""
+    files = sorted({child.file for child in children})
+    return b"".join(
+        (
+            bytes([height]),
+            _file_table(files),
+            varint(len(children)),
+            _keys_columns([child.first_key for child in children], interior=True),
+            encode_varints([files.index(child.file) for child in children]),
+            encode_varints([child.offset for child in children]),
+            encode_varints([child.nbytes for child in children]),
+            encode_varints([child.num_keys for child in children]),
+            encode_varints([child.tree_nbytes for child in children]),
+            encode_varints([child.indirect_nbytes for child in children]),
+        )
+    )
+
+
+def node_nbytes(body_nbytes: int) -> int:
+    """The size of an encoded node whose body has `body_nbytes`."""
+    return _OUTER_HEADER.size + body_nbytes + _CRC_NBYTES
+
+
+def seal_node(body: Sequence[bytes | memoryview]) -> bytes:
+    """Length, body and CRC-32C: a node ready to be written."""
+    return _seal(_NODE_MAGIC, body)
+
+
+def encode_manifest(root: Root, uuid: bytes, commit_time_nsecs: int) -> bytes:
+    """The manifest of a database with one version."""
+    child = root.child
+    config = b"".join(
+        (
+            uuid,
+            varint(0),  # one manifest file
+            varint(MAX_INLINE_VALUE_BYTES),
+            varint(_MAX_DECODED_NODE_BYTES),
+            bytes([4]),  # version_tree_arity_log2
+            varint(1),  # nodes added later may be zstd; ours say of themselves that they are not
+            struct.pack("<i", 0),
+        )
+    )
+    version = b"".join(
+        (
+            varint(1),  # versions
+            varint(1),  # generation
+            bytes([root.height]),
+            varint(0),  # file number
+            varint(child.offset),
+            varint(child.nbytes),
+            varint(child.num_keys),
+            varint(child.tree_nbytes),
+            varint(child.indirect_nbytes),
+            struct.pack("<Q", commit_time_nsecs),
+            varint(0),  # no older versions
+        )
+    )
+    return _seal(_MANIFEST_MAGIC, (config, _file_table([child.file]), version))
+
+
+def _seal(magic: int, body: Sequence[bytes | memoryview]) -> bytes:
+    length = _OUTER_HEADER.size + sum(len(part) for part in body) + _CRC_NBYTES
+    head = _OUTER_HEADER.pack(magic.to_bytes(4, "big"), length, 0, 0)
+    encoded = b"".join((head, *body))
+    return encoded + struct.pack("<I", google_crc32c.value(encoded))
+
+
+# ------------------------------------------------------------------ decoding
+
+
+def decode_manifest(encoded: bytes) -> Root:
+    """The root of the newest version. Raises CorruptCheckpointError on anything we did not write."""
+    body = _open(_MANIFEST_MAGIC, encoded, "manifest")
+    reader = _Reader(body)
+    reader.skip(16)
+    reader.column(3)
+    reader.skip(1)
+    if reader.column(1) == [1]:
+        reader.skip(4)
+    files = reader.file_table()
+    (num_versions,) = reader.column(1)
+    if num_versions != 1:
+        raise CorruptCheckpointError(f"manifest has {num_versions} versions, expected 1")
+    reader.column(1)
+    height = reader.byte()
+    file, offset, nbytes, num_keys, tree_nbytes, indirect_nbytes = reader.column(6)
+    child = Child(b"", files[file], offset, nbytes, num_keys, tree_nbytes, indirect_nbytes)
+    return Root(child, height)
+
+
+def decode_node(encoded: bytes | memoryview) -> Node:
+    """The entries or the children of a node. Raises CorruptCheckpointError when it does not verify."""
+    reader = _Reader(_open(_NODE_MAGIC, encoded, "node"))
+    height = reader.byte()
+    files = reader.file_table()
+    (num,) = reader.column(1)
+    keys = reader.keys(num, interior=height > 0)
+    if height > 0:
+        columns = [reader.column(num) for _ in range(6)]
+        rows = zip(keys, *columns, strict=True)
+        return Node({}, tuple(Child(key, files[file], *rest) for key, file, *rest in rows))
+    return Node(reader.leaf_entries(keys, files), ())
+
+
+def _open(magic: int, encoded: bytes | memoryview, what: str) -> memoryview:
+    view = memoryview(encoded)
+    if len(view) < _OUTER_HEADER.size + _CRC_NBYTES:
+        raise CorruptCheckpointError(f"index {what} is cut off at {len(view)} bytes")
+    found_magic, length, version, compression = _OUTER_HEADER.unpack_from(view)
+    if int.from_bytes(found_magic, "big") != magic or length != len(view) or version != 0:
+        raise CorruptCheckpointError(f"index {what} has a damaged header")
+    (crc,) = struct.unpack_from("<I", view, length - _CRC_NBYTES)
+    if google_crc32c.value(bytes(view[:-_CRC_NBYTES])) != crc:
+        raise CorruptCheckpointError(f"index {what} fails its CRC-32C")
+    if compression != 0:
+        raise CorruptCheckpointError(f"index {what} is compressed; ours never are")
+    return view[_OUTER_HEADER.size : -_CRC_NBYTES]
+
+
+class _Reader:
+    """A position in the body of a node."""
+
+    def __init__(self, body: memoryview) -> None:
+        self._body = body
+        self._bytes = np.frombuffer(body, np.uint8)
+        self._at = 0
+
+    def skip(self, nbytes: int) -> memoryview:
+        part = self._body[self._at : self._at + nbytes]
+        if len(part) < nbytes:
+            raise CorruptCheckpointError("index node is cut off")
+        self._at += nbytes
+        return part
+
+    def byte(self) -> int:
+        return self.skip(1)[0]
+
+    def column(self, num: int) -> list[int]:
+        values, self._at = decode_varints(self._bytes, self._at, num)
+        return values
+
+    def file_table(self) -> list[str]:
+        (num,) = self.column(1)
+        shared = [0, *self.column(num - 1)] if num else []
+        lengths = self.column(num)
+        self.column(num)  # base path lengths: where a path is split does not change it
+        return [path.decode() for path in self._unshare(shared, lengths)]
+
+    def keys(self, num: int, *, interior: bool) -> list[bytes]:
+        shared = [0, *self.column(num - 1)] if num else []
+        lengths = self.column(num)
+        if interior and any(self.column(num)):
+            raise CorruptCheckpointError("index cuts prefixes from keys; ours never do")
+        return self._unshare(shared, lengths)
+
+    def _unshare(self, shared: list[int], lengths: list[int]) -> list[bytes]:
+        keys = []
+        key = b""
+        for keep, length in zip(shared, lengths, strict=True):
+            key = key[:keep] + bytes(self.skip(length))
+            keys.append(key)
+        return keys
+
+    def leaf_entries(self, keys: list[bytes], files: list[str]) -> dict[bytes, Entry]:
+        nbytes = self.column(len(keys))
+        kinds = self.column(len(keys))
+        num_outside = sum(kinds)
+        places = zip(self.column(num_outside), self.column(num_outside), strict=True)
+        entries = {}
+        for key, size, kind in zip(keys, nbytes, kinds, strict=True):
+            if kind:
+                file, offset = next(places)
+                entries[key] = Entry(size, None, files[file], offset)
+            else:
+                entries[key] = Entry(size, self.skip(size))
+        return entries

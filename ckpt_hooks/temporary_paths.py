@@ -1,0 +1,261 @@
+"""Temporary paths: where a checkpoint is while it is not one, and the step that makes it one.
+
+`AtomicRenameTemporaryPath` writes ``<final>.orbax-checkpoint-tmp`` and renames it; `CommitFileTemporaryPath`
+writes in place and puts the marker ``commit_success.txt`` last, for storage without an atomic rename.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import os
+import time
+from typing import Any, Self
+
+from etils import epath
+
+from ckpt_hooks.errors import CorruptCheckpointError, IncompleteCheckpointError
+from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
+from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import COMMIT_MARKER, FILE, FileChecksums
+
+__all__ = [
+    "AtomicRenameTemporaryPath",
+    "CommitFileTemporaryPath",
+    "FileOptions",
+    "NestedTemporaryPath",
+    "TemporaryPath",
+    "is_committed",
+    "is_temporary",
+]
+
+TREE_METADATA_FILE = "_METADATA"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """How directories are made.
+
+    Attributes:
+      path_permission_mode: the mode of a checkpoint's and its items' directories (such as 0o750); None
+        leaves it to the process's umask, which also holds for everything in them.
+    """
+
+    path_permission_mode: int | None = None
+
+
+class TemporaryPath(abc.ABC):
+    """Where one checkpoint is written: `create` it, fill `get()`, `finalize` it into `get_final()`.
+
+    Subclass it to commit in another way, and give the class to `Checkpointer(temporary_path_class=)`.
+
+    Attributes:
+      replaces: whether a checkpoint that is at the final path already gives way to this one at the commit.
+    """
+
+    replaces = False
+    writes_in_place = False
+
+    def __init__(
+        self,
+        temporary_path: Any,
+        final_path: Any,
+        *,
+        checkpoint_metadata_store: MetadataStore | None = None,
+        file_options: FileOptions | None = None,
+        multiprocessing_options: MultiprocessingOptions | None = None,
+    ) -> None:
+        self._temporary = epath.Path(temporary_path)
+        self._final = epath.Path(final_path)
+        self._store = checkpoint_metadata_store
+        self._file_options = file_options or FileOptions()
+        self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
+        self._lock: commit.DirectoryLock | None = None
+        self._created = False
+
+    @classmethod
+    @abc.abstractmethod
+    def from_final(cls, final_path: Any, **options: Any) -> Self:
+        """The temporary path of a final one; `options` as in the constructor."""
+
+    @abc.abstractmethod
+    def finalize(self) -> None:
+        """The commit. Everything below `get()` is durable before it, and the checkpoint is when it returns."""
+
+    @classmethod
+    def is_finalized(cls, path: Any) -> bool:
+        """Whether `path` was committed in this class's way."""
+        directory = os.fspath(path)
+        return os.path.isdir(directory) and not is_temporary(directory) and not _is_incomplete(directory)
+
+    def get(self) -> epath.Path:
+        """Where to write. Raises ValueError before `create`."""
+        if not self._created:
+            raise IncompleteCheckpointError(f"{self._temporary} has not been created yet: call create() first")
+        return self._temporary
+
+    def get_final(self) -> epath.Path:
+        """Where the checkpoint will be."""
+        return self._final
+
+    def create(self) -> epath.Path:
+        """Makes the directory anew, with the time at which the save began; removes what a dead writer left.
+
+        Raises RunLockedError where a live writer is at work on the same checkpoint.
+        """
+        path = os.fspath(self._temporary)
+        if os.path.lexists(path):
+            self._remove_stale(path)
+        commit.make_directory(path, self._file_options.path_permission_mode)
+        # While this lock is held, no other writer takes the directory for one that a dead process left.
+        self._lock = commit.DirectoryLock(path)
+        if self._store is not None:
+            metadata = StepMetadata(init_timestamp_nsecs=time.time_ns())
+            self._store.write(self._temporary / METADATA_FILE, metadata.to_json())
+        self._created = True
+        return self._temporary
+
+    def join(self) -> epath.Path:
+        """What `create` is in a process that is not primary: the directory is there already."""
+        self._created = True
+        return self._temporary
+
+    def discard(self) -> None:
+        """Removes what a failed save has written, so that it does not keep a disk full."""
+        if self._created:
+            commit.remove_tree(os.fspath(self._temporary))
+        self._release()
+
+    def _remove_stale(self, path: str) -> None:
+        commit.DirectoryLock(path).release()
+        commit.remove_tree(path)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _seal(self) -> None:
+        """Commit time and checksums; whatever is written after this is not covered by them."""
+        if self._store is not None:
+            self._store.update(self._temporary / METADATA_FILE, commit_timestamp_nsecs=time.time_ns())
+            self._store.wait_until_finished()
+        path = os.fspath(self._temporary)
+        commit.write_file(os.path.join(path, FILE), FileChecksums.of_directory(path).encode())
+
+    def _write_marker(self) -> None:
+        text = f"Checkpoint commit was successful to {self._final}"
+        commit.write_file(os.path.join(self._temporary, COMMIT_MARKER), text)
+
+
+class AtomicRenameTemporaryPath(TemporaryPath):
+    """Commits by one rename.
+
+    >>> AtomicRenameTemporaryPath.from_final("/runs/7").get_final().name
+    '7'
+    """
+
+    @classmethod
+    def from_final(cls, final_path: Any, **options: Any) -> Self:
+        final = epath.Path(final_path)
+        return cls(final.parent / f"{final.name}{commit.TMP_SUFFIX}", final, **options)
+
+    def finalize(self) -> None:
+        path = os.fspath(self.get())
+        self._seal()
+        self._write_marker()
+        commit.sync_tree(path)
+        commit.publish(path, os.fspath(self._final), replace=self.replaces)
+        self._created = False
+        self._release()
+
+
+class NestedTemporaryPath(AtomicRenameTemporaryPath):
+    """An item inside a checkpoint that is temporary itself: the checkpoint's commit makes both durable."""
+
+    def create(self) -> epath.Path:
+        commit.make_directory(os.fspath(self._temporary), self._file_options.path_permission_mode)
+        self._created = True
+        return self._temporary
+
+    def finalize(self) -> None:
+        self._write_marker()
+        commit.rename(os.fspath(self.get()), os.fspath(self._final))
+
+
+class CommitFileTemporaryPath(TemporaryPath):
+    """Commits by writing ``commit_success.txt`` last, into the final directory itself."""
+
+    writes_in_place = True
+    _replaced: str | None = None
+
+    @classmethod
+    def from_final(cls, final_path: Any, **options: Any) -> Self:
+        return cls(final_path, final_path, **options)
+
+    @classmethod
+    def is_finalized(cls, path: Any) -> bool:
+        return os.path.isfile(os.path.join(path, COMMIT_MARKER))
+
+    def create(self) -> epath.Path:
+        path = os.fspath(self._final)
+        if self.replaces and self.is_finalized(path):
+            self._replaced = commit.move_to_replaced(path)
+        return super().create()
+
+    def finalize(self) -> None:
+        path = os.fspath(self.get())
+        self._seal()
+        commit.sync_tree(path)
+        # The marker only after everything else is durable: it may reach the disk before the rest otherwise.
+        self._write_marker()
+        commit.sync_file(os.path.join(path, COMMIT_MARKER))
+        commit.sync_directory(path)
+        commit.sync_directory(os.path.dirname(path))
+        self._created = False
+        self._release()
+        if self._replaced is not None:
+            commit.remove_tree(self._replaced)
+
+    def discard(self) -> None:
+        super().discard()
+        if self._replaced is not None:
+            commit.rename(self._replaced, os.fspath(self._final))
+
+
+# ------------------------------------------------------------------ what is a checkpoint
+
+
+def is_temporary(path: Any) -> bool:
+    """Whether the name says that this is not a checkpoint yet."""
+    return commit.TMP_SUFFIX in os.path.basename(os.fspath(path))
+
+
+def is_committed(path: Any) -> bool:
+    """Whether a directory is a checkpoint: it has a commit marker, or what Orbax left when it wrote none.
+
+    An empty directory is not one, and neither is one whose step metadata has no commit time.
+    """
+    directory = os.fspath(path)
+    if is_temporary(directory) or not os.path.isdir(directory):
+        return False
+    if os.path.exists(os.path.join(directory, COMMIT_MARKER)):
+        return True
+    if _is_incomplete(directory):
+        return False
+    names = (METADATA_FILE, FILE, TREE_METADATA_FILE)
+    if any(os.path.exists(os.path.join(directory, name)) for name in names):
+        return True
+    with os.scandir(directory) as entries:
+        return any(os.path.exists(os.path.join(entry.path, TREE_METADATA_FILE)) for entry in entries)
+
+
+def _is_incomplete(directory: str) -> bool:
+    """Whether a save has begun here and has not come to its end."""
+    if os.path.exists(os.path.join(directory, COMMIT_MARKER)):
+        return False
+    try:
+        metadata = read_step_metadata(directory)
+    except CorruptCheckpointError:
+        return False  # damaged, which is something else: whoever reads it is told
+    return metadata is not None and metadata.commit_timestamp_nsecs is None

@@ -1,0 +1,79 @@
+"""A training state as named items and back. Pure, and without a registry of types.
+
+A state is split one level down: a mapping by its keys, a dataclass, `flax.struct` or named tuple by its pytree
+fields. Anything else is the single item ``state``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ckpt_hooks.errors import InvalidArgumentError
+
+__all__ = ["WHOLE", "join", "split"]
+
+WHOLE = "state"  # the item of a state that has no named parts
+
+
+def split(state: Any) -> dict[str, Any]:
+    """{item: its part of the state}.
+
+    >>> split({"params": {"w": 1.0}, "step": 7})
+    {'params': {'w': 1.0}, 'step': 7}
+    >>> split([1, 2])
+    {'state': [1, 2]}
+    """
+    parts = _named_parts(state)
+    return {WHOLE: state} if parts is None else parts
+
+
+def join(like: Any, parts: Mapping[str, Any]) -> Any:
+    """The state in the type of `like`, with its parts replaced: the inverse of `split`.
+
+    >>> join({"params": None, "step": None}, {"params": {"w": 1.0}, "step": 7})
+    {'params': {'w': 1.0}, 'step': 7}
+    """
+    named = _named_parts(like)
+    if named is None:
+        return parts[WHOLE]
+    values = [parts[name] for name in named]
+    if _is_plain_dataclass(like):
+        return dataclasses.replace(like, **dict(zip(named, values, strict=True)))
+    structure = jax.tree_util.tree_structure(like, is_leaf=lambda node: node is not like)
+    return jax.tree_util.tree_unflatten(structure, values)
+
+
+def _named_parts(state: Any) -> dict[str, Any] | None:
+    if _is_plain_dataclass(state):
+        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if isinstance(state, Mapping) and not state:
+        return None
+    try:
+        children, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: node is not state)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"JAX cannot flatten a state of type {type(state).__qualname__}: {error}") from error
+    names = [_name(path) for path, _ in children]
+    if not names or None in names:
+        return None
+    parts = {str(name): child for name, (_, child) in zip(names, children, strict=True)}
+    if len(parts) < len(names):
+        raise InvalidArgumentError(f"two parts of the state would be the same item: {names}")
+    return parts
+
+
+def _name(path: tuple[Any, ...]) -> str | None:
+    match path:
+        case (jax.tree_util.DictKey(key=name),) | (jax.tree_util.GetAttrKey(name=name),):
+            return str(name)
+    return None
+
+
+def _is_plain_dataclass(state: Any) -> bool:
+    """A dataclass that JAX does not know as a pytree."""
+    if not dataclasses.is_dataclass(state) or isinstance(state, type):
+        return False
+    return jax.tree_util.all_leaves([state])

@@ -1,0 +1,200 @@
+"""A pytree as named leaves and back: the tree half of Orbax's ``_METADATA``. Pure, no I/O.
+
+A leaf's name is its keys joined by dots (``params.Dense_0.kernel``); a bare leaf's name is empty. The file
+``_METADATA`` records each leaf's keys, so names are only an index; but two leaves of one name would be one array
+on disk, so they are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_hooks.errors import CorruptCheckpointError, NameCollisionError, UnsupportedLeafError
+
+__all__ = ["Leaf", "LeafRecord", "flatten", "nearest", "nest", "records_from_json", "records_to_json"]
+
+_SEQUENCE_KEY, _DICT_KEY = 1, 2  # Orbax's key types; attributes and named-tuple fields count as dict keys
+
+EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple"})
+
+Keys = tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of a tree, or a node without children, which is recorded like one."""
+
+    keys: Keys
+    value: Any
+    is_empty: bool
+
+    @property
+    def name(self) -> str:
+        return ".".join(key for key, _ in self.keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafRecord:
+    """What ``_METADATA`` says of a leaf."""
+
+    keys: Keys
+    value_type: str  # jax.Array, np.ndarray, scalar, string, or an empty node's None, Dict, List, Tuple
+    write_shape: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return ".".join(key for key, _ in self.keys)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.value_type in EMPTY_TYPES
+
+    def empty_value(self) -> Any:
+        return {"None": None, "Dict": {}, "List": [], "Tuple": ()}[self.value_type]
+
+
+# ------------------------------------------------------------------ flattening
+
+
+def flatten(tree: Any) -> list[Leaf]:
+    """The leaves and the empty nodes of a tree, in JAX's order.
+
+    Raises NameCollisionError where two of them would share a name.
+
+    >>> [leaf.name for leaf in flatten({"a": {"b": 1}, "c": [2, None]})]
+    ['a.b', 'c.0', 'c.1']
+    """
+    try:
+        paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty_node)
+    except (ValueError, TypeError) as error:
+        raise UnsupportedLeafError(f"the tree cannot be flattened by JAX: {error}") from error
+    leaves = [Leaf(tuple(map(_key, path)), value, _is_empty_node(value)) for path, value in paths]
+    counts = Counter(leaf.name for leaf in leaves)
+    if len(counts) < len(leaves):
+        raise NameCollisionError(_describe_collision(leaves, counts))
+    return leaves
+
+
+def _is_empty_node(value: Any) -> bool:
+    """None, {}, [], () and every registered node without children, such as `optax.EmptyState()`."""
+    if value is None:
+        return True
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, int, float, str)):
+        return False
+    structure = jax.tree_util.tree_structure(value)
+    return structure.num_leaves == 0 and structure.num_nodes == 1
+
+
+def _key(key: Any) -> tuple[str, int]:
+    match key:
+        case jax.tree_util.SequenceKey(idx=index):
+            return str(index), _SEQUENCE_KEY
+        case jax.tree_util.DictKey(key=name):
+            return str(name), _DICT_KEY
+        case jax.tree_util.GetAttrKey(name=name):
+            return str(name), _DICT_KEY
+        case jax.tree_util.FlattenedIndexKey(key=index):
+            return str(index), _SEQUENCE_KEY
+    return str(key), _DICT_KEY
+
+
+def _describe_collision(leaves: Sequence[Leaf], counts: Mapping[str, int]) -> str:
+    lines = []
+    for name in [name for name, count in counts.items() if count > 1]:
+        places = ["".join(f"[{key!r}]" for key, _ in leaf.keys) for leaf in leaves if leaf.name == name]
+        lines.append(f"  {name!r} is the name of {' and of '.join(places)}")
+    return "these leaves would share one name on disk, so one would be lost; rename a key:\n" + "\n".join(lines)
+
+
+# ------------------------------------------------------------------ records
+
+
+def empty_type(value: Any) -> str:
+    """How Orbax calls an empty node: an empty named tuple counts as None."""
+    match value:
+        case Mapping():
+            return "Dict"
+        case list():
+            return "List"
+        case tuple() if not hasattr(value, "_fields"):
+            return "Tuple"
+    return "None"
+
+
+def records_to_json(records: Iterable[LeafRecord]) -> dict[str, Any]:
+    """The field ``tree_metadata``."""
+    return {str(tuple(key for key, _ in record.keys)): _record_to_json(record) for record in records}
+
+
+def _record_to_json(record: LeafRecord) -> dict[str, Any]:
+    value: dict[str, Any] = {"value_type": record.value_type, "skip_deserialize": record.is_empty}
+    if record.write_shape is not None:
+        value["write_shape"] = list(record.write_shape)
+    keys = [{"key": key, "key_type": key_type} for key, key_type in record.keys]
+    return {"key_metadata": keys, "value_metadata": value}
+
+
+def records_from_json(tree_metadata: Any) -> list[LeafRecord]:
+    """Reads the field ``tree_metadata``; raises CorruptCheckpointError where it is not one."""
+    try:
+        return [
+            LeafRecord(
+                tuple((str(key["key"]), int(key["key_type"])) for key in entry["key_metadata"]),
+                str(entry["value_metadata"]["value_type"]),
+            )
+            for entry in tree_metadata.values()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"the tree metadata is damaged: {error!r}") from error
+
+
+# ------------------------------------------------------------------ building
+
+
+def nest(values: Iterable[tuple[Keys, Any]]) -> Any:
+    """Nested dicts and lists: what a restore without a target returns.
+
+    >>> nest([((("a", 2), ("0", 1)), 5), ((("a", 2), ("1", 1)), 6)])
+    {'a': [5, 6]}
+    """
+    root = _Branch()
+    for keys, value in values:
+        if not keys:
+            return value  # a bare leaf is the whole tree
+        node = root
+        for key in keys[:-1]:
+            node = node.setdefault(key, _Branch())
+        node[keys[-1]] = value
+    return _listed(root)
+
+
+def _listed(node: Any) -> Any:
+    """Dicts whose keys are list positions become lists."""
+    if not isinstance(node, _Branch):
+        return node
+    children = {key: _listed(child) for (key, _), child in node.items()}
+    if node and all(key_type == _SEQUENCE_KEY for _, key_type in node):
+        return [children[key] for key in sorted(children, key=int)]
+    return children
+
+
+class _Branch(dict[tuple[str, int], Any]):
+    """A dict under construction, told apart from a dict that is a value."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that somebody who wrote `name` may have meant."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def walk(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each leaf that is not an empty node."""
+    return ((leaf.name, leaf.value) for leaf in flatten(tree) if not leaf.is_empty)

@@ -1,0 +1,1 @@
+"""Configurations for `--config=configs/....py`, each a file with `get_config()`."""
