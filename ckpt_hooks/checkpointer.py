@@ -183,9 +183,7 @@ class Checkpointer:
         temporary = self.get_temporary_path(final)
         if force:
             temporary.replaces = True
-        save = _Save(
-            operation, final, temporary, staged, checked_metadata, metrics or {}, on_commit, start_secs
-        )
+        save = _Save(operation, final, temporary, staged, checked_metadata, metrics or {}, on_commit, start_secs)
         with self._discarded_on_error(save):
             with events.phase("write/directory"):
                 self._create(temporary, staged.nbytes, operation)

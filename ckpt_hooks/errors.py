@@ -184,7 +184,5 @@ def explain_os_error(error: OSError, doing: str) -> OSError:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         reason = os.strerror(error.errno)
-        return UnwritableDirectoryError(
-            f"{doing}: {reason}. Choose a directory that this process may write."
-        )
+        return UnwritableDirectoryError(f"{doing}: {reason}. Choose a directory that this process may write.")
     return error

@@ -96,9 +96,7 @@ class CheckpointHook:
 
     # -------------------------------------------------------------- the loop
 
-    def __call__(
-        self, step: int, state: Any, *, metrics: Any = None, metadata: Any = None, **items: Any
-    ) -> bool:
+    def __call__(self, step: int, state: Any, *, metrics: Any = None, metadata: Any = None, **items: Any) -> bool:
         """Saves `state` if a checkpoint is due at `step`; returns whether a save was started.
 
         Where nothing is due, it looks at nothing but `step`, and costs about a microsecond.

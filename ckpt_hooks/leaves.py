@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -25,8 +26,19 @@ _SCALAR_DTYPES: dict[type, np.dtype] = {
 }
 # The extended types that zarr v2 in tensorstore, and so Orbax, can read.
 _EXTENDED_DTYPES = frozenset(
-    "bfloat16 float4_e2m1fn float8_e3m4 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 "
-    "float8_e5m2fnuz float8_e8m0fnu int2 int4".split()
+    {
+        "bfloat16",
+        "float4_e2m1fn",
+        "float8_e3m4",
+        "float8_e4m3b11fnuz",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "int2",
+        "int4",
+    }
 )
 
 
@@ -52,7 +64,7 @@ class LeafPlan:
 def is_prng_key(value: Any) -> bool:
     """Whether an array, or an abstract one, is of typed PRNG keys."""
     dtype = getattr(value, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def signature(leaf: Any) -> Hashable:
@@ -61,7 +73,7 @@ def signature(leaf: Any) -> Hashable:
         return leaf.shape, leaf.dtype, leaf.sharding
     if isinstance(leaf, np.ndarray | np.generic):
         return type(leaf), leaf.shape, leaf.dtype
-    return type(leaf)
+    return (type(leaf),)
 
 
 # ------------------------------------------------------------------ describing
@@ -119,7 +131,8 @@ def _describe_jax_array(name: str, leaf: jax.Array) -> LeafPlan:
         return LeafPlan("jax.Array", ArraySpec.whole(name, data.shape, dtype), False, key_impl, sharding)
     chunk_shape = data.sharding.shard_shape(data.shape)
     owners: dict[tuple[int, ...], int] = {}
-    for device, region in data.sharding.devices_indices_map(data.shape).items():
+    regions: Mapping[Any, Any] = data.sharding.devices_indices_map(data.shape)
+    for device, region in regions.items():
         owners.setdefault(_grid_position(region, chunk_shape), device.process_index)
     spec = ArraySpec(name, data.shape, dtype, chunk_shape, tuple(owners), tuple(owners.values()))
     return LeafPlan("jax.Array", spec, True, key_impl, sharding)

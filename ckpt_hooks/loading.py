@@ -42,9 +42,7 @@ class SavedTree:
         key_impls = self._read_key_impls()
         self._arrays = self._open(metadata, [name for name in names if name not in self._strings], verify)
         self.leaves = {
-            record.name: self._saved_leaf(record, key_impls)
-            for record in self._records
-            if not record.is_empty
+            record.name: self._saved_leaf(record, key_impls) for record in self._records if not record.is_empty
         }
 
     # -------------------------------------------------------------- restoring
@@ -99,7 +97,7 @@ class SavedTree:
 
     def _abstract(self, name: str) -> Any:
         info = self.leaves[name].info
-        return str if info is None else jax.ShapeDtypeStruct(info.shape, info.dtype)
+        return str if info is None else jax.ShapeDtypeStruct(info.shape, info.dtype)  # type: ignore[no-untyped-call]
 
     # -------------------------------------------------------------- files
 
@@ -137,9 +135,7 @@ class SavedTree:
     def _read_strings(self) -> dict[str, str]:
         strings = _read_json(os.path.join(self._directory, STRINGS_FILE)) or {}
         missing = [
-            record.name
-            for record in self._records
-            if record.value_type == "string" and record.name not in strings
+            record.name for record in self._records if record.value_type == "string" and record.name not in strings
         ]
         if missing or not isinstance(strings, dict):
             raise CorruptCheckpointError(f"{self._directory}: {STRINGS_FILE} lacks {missing}")

@@ -171,7 +171,7 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
 
 
 def _check_width(name: str, dtype: Any) -> None:
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         return
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise StructureMismatchError(

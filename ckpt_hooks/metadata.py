@@ -62,7 +62,7 @@ class StepMetadata:
     item_handlers: Mapping[str, str] | str | None = None
     item_metadata: Any = None
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    performance_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    performance_metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     init_timestamp_nsecs: int | None = None
     commit_timestamp_nsecs: int | None = None
     custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)

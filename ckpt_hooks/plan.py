@@ -1,6 +1,6 @@
 """The plan of a pytree item: everything that depends only on its structure, made once and reused by every save.
 
-    tree --Plan.of--> plan --stage--> Staged (the host bytes that this process owns) --write--> files
+tree --Plan.of--> plan --stage--> Staged (the host bytes that this process owns) --write--> files
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ class Plan:
             if isinstance(leaf, jax.Array) and not leaf.is_deleted():
                 leaf.copy_to_host_async()  # transfers from an accelerator overlap; on CPU this does nothing
         chunks: dict[ChunkId, memoryview] = {}
-        for name, number, plan, leaf in zip(
-            self._names, self._array_numbers, self._leaves, leaves, strict=True
-        ):
+        for name, number, plan, leaf in zip(self._names, self._array_numbers, self._leaves, leaves, strict=True):
             try:
                 for chunk, content in host_chunks(plan, leaf, copy=copy):
                     chunks[number, chunk] = content
@@ -96,9 +94,7 @@ class Plan:
                     "(donate_argnums); save the state that the step returned."
                 ) from error
         strings = {
-            name: leaf
-            for name, plan, leaf in zip(self._names, self._leaves, leaves, strict=True)
-            if plan.array is None
+            name: leaf for name, plan, leaf in zip(self._names, self._leaves, leaves, strict=True) if plan.array is None
         }
         return StagedTree(self, chunks, strings)
 

@@ -132,9 +132,7 @@ class _Checkpoint:
         absent = [name for name in asked or () if name not in parts]
         if absent:
             raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
-        missing = [
-            name for name, part in wanted.items() if name not in self.saved and jax.tree_util.tree_leaves(part)
-        ]
+        missing = [name for name, part in wanted.items() if name not in self.saved and jax.tree_util.tree_leaves(part)]
         if missing:
             raise ItemNotFoundError(
                 f"{self.path} has no item {missing}; there are {sorted(self.saved)}. Restore the ones there are with "

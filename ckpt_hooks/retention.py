@@ -123,9 +123,7 @@ def ranked(metrics: Mapping[int, Metrics], metric: str, mode: Mode) -> list[int]
     sign = 1 if mode == "min" else -1
     values = {step: recorded.get(metric) for step, recorded in metrics.items()}
     finite = {
-        step: float(value)
-        for step, value in values.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        step: float(value) for step, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
     }
     return sorted(finite, key=lambda step: (sign * finite[step], -step))
 

@@ -88,8 +88,8 @@ def _is_empty_node(value: Any) -> bool:
         return True
     if isinstance(value, (jax.Array, np.ndarray, np.generic, int, float, str)):
         return False
-    structure = jax.tree_util.tree_structure(value)
-    return structure.num_leaves == 0 and structure.num_nodes == 1
+    structure: Any = jax.tree_util.tree_structure(value)
+    return bool(structure.num_leaves == 0 and structure.num_nodes == 1)
 
 
 def _key(key: Any) -> tuple[str, int]:

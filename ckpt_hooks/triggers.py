@@ -32,9 +32,7 @@ class Triggers:
     on_steps: tuple[int, ...] = ()
 
     @classmethod
-    def checked(
-        cls, every_n_steps: int | None, every_secs: float | None, on_steps: Iterable[int]
-    ) -> Triggers:
+    def checked(cls, every_n_steps: int | None, every_secs: float | None, on_steps: Iterable[int]) -> Triggers:
         """Raises ValueError or TypeError for what cannot be meant; every 1000 steps where nothing is given."""
         steps = tuple(sorted({check_step(step, "on_steps") for step in on_steps}))
         if every_n_steps is not None and check_step(every_n_steps, "every_n_steps") == 0:

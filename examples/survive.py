@@ -116,9 +116,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--terms", type=int, default=3, help="number of SIGTERMs (default: 3)")
     parser.add_argument("--kills", type=int, default=4, help="number of SIGKILLs (default: 4)")
     parser.add_argument("--num_steps", type=int, default=2000, help="of each run (default: 2000)")
@@ -129,9 +127,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(
-    signum: signal.Signals, count: int, num_steps: int, rng: random.Random
-) -> list[Interruption]:
+def plan(signum: signal.Signals, count: int, num_steps: int, rng: random.Random) -> list[Interruption]:
     """Returns `count` interruptions, each at a random moment of its own share of the run."""
     share = 0.8 * num_steps / max(count, 1)  # the rest is so long that no signal comes too late
     steps = [1 + int(share * (i + rng.random())) for i in range(count)]

@@ -161,9 +161,7 @@ def typestr_of(handler: Any, *, recorded: bool = False) -> str:
     return str(named()) if named is not None else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def register_with_handler(
-    handler_cls: type, for_save: bool = False, for_restore: bool = False
-) -> Callable[[_A], _A]:
+def register_with_handler(handler_cls: type, for_save: bool = False, for_restore: bool = False) -> Callable[[_A], _A]:
     """Decorates an args class: this is what `handler_cls` takes to save, to restore, or both.
 
     Raises ValueError where neither is asked for or another class has the handler's name already, TypeError
@@ -187,7 +185,8 @@ def register_with_handler(
         raise InvalidArgumentError(f"the handler name {name!r} belongs to {_qualified(known)} already")
 
     def register(args_cls: _A) -> _A:
-        if not isinstance(args_cls, type) or not issubclass(args_cls, CheckpointArgs):
+        kind: object = args_cls
+        if not isinstance(kind, type) or not issubclass(kind, CheckpointArgs):
             raise InvalidArgumentTypeError(f"{args_cls!r} is registered with a handler, but is no CheckpointArgs")
         _handler_of_typestr[name] = handler_cls
         _handler_of_args[args_cls] = handler_cls

@@ -55,6 +55,8 @@ class CompositeArgs(CheckpointArgs):
     (1, 2, ['params', 'step'])
     """
 
+    _items: dict[str, Any]
+
     def __init__(self, **items: Any) -> None:
         for name in items:
             if name.startswith("__"):
@@ -252,9 +254,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
             raise CheckpointNotFoundError(f"there is no checkpoint at {directory}")
         step_metadata = read_step_metadata(os.fspath(directory))
         if step_metadata is not None and isinstance(step_metadata.item_handlers, str):
-            raise InvalidArgumentError(
-                f"{directory} is no composite: it was saved with {step_metadata.item_handlers}"
-            )
+            raise InvalidArgumentError(f"{directory} is no composite: it was saved with {step_metadata.item_handlers}")
         recorded = self._recorded_handlers(directory)
         return CompositeArgs(
             **{name: self._item_metadata(directory / name, recorded.get(name)) for name in _item_directories(directory)}

@@ -100,7 +100,7 @@ class ArrayChecksums:
                         yield f"{path}: bytes {offset} to {offset + length} are not what was saved"
 
 
-def check_piece(data: memoryview | npt.NDArray[np.uint8], saved: int, where: str) -> None:
+def check_piece(data: memoryview, saved: int, where: str) -> None:
     """Raises CorruptCheckpointError unless `data` is what was saved."""
     found = digest(data)
     if found != saved:

@@ -206,7 +206,8 @@ def _exchange(one: str, other: str) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+    result = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(result == 0)
 
 
 # ------------------------------------------------------------------ removal
@@ -288,7 +289,7 @@ class DirectoryLock:
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 _log.warning("%s: this file system has no locks (%s); make sure of one writer", path, error)
-                self._finalizer = weakref.finalize(self, lambda: None)
+                self._finalizer: Callable[[], object] = _nothing_to_release
                 return
             raise RunLockedError(
                 f"{path}: {holder} is writing here. Two writers would mix their checkpoints: wait until it "
@@ -300,6 +301,10 @@ class DirectoryLock:
     def release(self) -> None:
         """Gives the lock back; may be called twice."""
         self._finalizer()
+
+
+def _nothing_to_release() -> None:
+    pass
 
 
 _held_locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()

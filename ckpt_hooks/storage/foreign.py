@@ -55,10 +55,7 @@ class ForeignArrays:
 
     def _open(self, names: Iterable[str]) -> dict[str, Any]:
         # All at once: each open is a round trip, and tensorstore runs them side by side.
-        futures = {
-            name: self._ts.open(self._spec(name), open=True, read=True, context=self._context)
-            for name in names
-        }
+        futures = {name: self._ts.open(self._spec(name), open=True, read=True, context=self._context) for name in names}
         return {name: self._result(name, future) for name, future in futures.items()}
 
     def _result(self, name: str, future: Any) -> Any:

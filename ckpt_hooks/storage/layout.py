@@ -126,9 +126,7 @@ class Layout:
         self._interior: list[tuple[int, bytes]] = []  # (offset, encoded), the root last
         self.root = self._index(values)
 
-    def _place(
-        self, number: int, array: ArraySpec
-    ) -> Iterator[tuple[bytes, int, bytes | ChunkId | tuple[int, int]]]:
+    def _place(self, number: int, array: ArraySpec) -> Iterator[tuple[bytes, int, bytes | ChunkId | tuple[int, int]]]:
         nbytes = array.chunk_nbytes
         for chunk, (position, owner) in enumerate(zip(array.grid, array.owners, strict=True)):
             key = array.key(".".join(map(str, position)) or "0")
@@ -157,10 +155,7 @@ class Layout:
             [key for key, _, _ in values],
             [nbytes for _, nbytes, _ in values],
             [data_file_name(owner) for owner in owners],
-            [
-                (owners.index(value[0]), value[1]) if isinstance(value, _Outside) else None
-                for _, _, value in values
-            ],
+            [(owners.index(value[0]), value[1]) if isinstance(value, _Outside) else None for _, _, value in values],
         )
         parts: list[bytes | ChunkId] = [prefix]
         constant: list[bytes] = []

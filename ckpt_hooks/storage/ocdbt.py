@@ -114,7 +114,7 @@ def encode_varints(values: Sequence[int] | U64) -> bytes:
     used[~groups.any(axis=1)] = 1
     position = np.arange(10)
     groups[position < used[:, None] - 1] |= 0x80
-    return groups[position < used[:, None]].tobytes()
+    return bytes(groups[position < used[:, None]].tobytes())
 
 
 def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[list[int], int]:
@@ -150,7 +150,7 @@ def shared_prefix_lengths(keys: Sequence[bytes]) -> list[int]:
     rows = table.view(np.uint8).reshape(len(keys), -1)
     differ = rows[1:] != rows[:-1]
     first = np.where(differ.any(axis=1), differ.argmax(axis=1), rows.shape[1])
-    return np.minimum(first, np.minimum(lengths[1:], lengths[:-1])).tolist()
+    return [int(n) for n in np.minimum(first, np.minimum(lengths[1:], lengths[:-1]))]
 
 
 def _file_table(files: Sequence[str]) -> bytes:
@@ -170,12 +170,10 @@ def _file_table(files: Sequence[str]) -> bytes:
 
 
 def _keys_columns(keys: Sequence[bytes], *, interior: bool) -> bytes:
-    shared = [0, *shared_prefix_lengths(keys)]
+    shared = [0, *shared_prefix_lengths(keys)] if keys else []
     suffixes = [key[n:] for key, n in zip(keys, shared, strict=True)]
     subtree = bytes(len(keys)) if interior else b""  # no prefix is cut from the keys below
-    return b"".join(
-        (encode_varints(shared[1:]), encode_varints([len(s) for s in suffixes]), subtree, *suffixes)
-    )
+    return b"".join((encode_varints(shared[1:]), encode_varints([len(s) for s in suffixes]), subtree, *suffixes))
 
 
 # ------------------------------------------------------------------ encoding

@@ -69,9 +69,7 @@ class Database:
         """The arrays of these names; memory is aligned to 64 bytes and shared with no other call."""
         infos = {name: self.info(name) for name in names}
         chunks = [
-            (name, position, entry)
-            for name, info in infos.items()
-            for position, entry in self._chunks(name, info)
+            (name, position, entry) for name, info in infos.items() for position, entry in self._chunks(name, info)
         ]
         contents = self._read_chunks([entry for _, _, entry in chunks])
         arrays: dict[str, np.ndarray] = {}
@@ -172,7 +170,7 @@ class Database:
         if self._verify:
             for offset, nbytes, saved in block:
                 where = f"{self._directory}/{name}: bytes {offset} to {offset + nbytes} are not what was saved"
-                check_piece(slab[offset - start : offset - start + nbytes], saved, where)
+                check_piece(slab[offset - start : offset - start + nbytes].data, saved, where)
 
     def _open(self, name: str) -> int:
         path = os.path.join(self._directory, name)
@@ -280,7 +278,6 @@ def _assemble(
         arrays[name] = _aligned_memory(nbytes).view(info.dtype).reshape(info.shape)
     starts = [p * c for p, c in zip(position, info.chunk_shape, strict=True)]
     region = tuple(
-        slice(start, min(start + c, n))
-        for start, c, n in zip(starts, info.chunk_shape, info.shape, strict=True)
+        slice(start, min(start + c, n)) for start, c, n in zip(starts, info.chunk_shape, info.shape, strict=True)
     )
     arrays[name][region] = chunk[tuple(slice(0, r.stop - r.start) for r in region)]

@@ -72,9 +72,7 @@ def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=config.weight_decay)
 
 
-def train_logits(
-    state: TrainState, params: Any, batch: Batch, rng: jax.Array
-) -> tuple[jax.Array, Any]:
+def train_logits(state: TrainState, params: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Any]:
     """Returns the logits for `params`, and the batch statistics that this batch has moved."""
     logits, updates = state.apply_fn(
         {"params": params, "batch_stats": state.batch_stats},

@@ -37,9 +37,7 @@ def train(
     examples, _ = load_digits()
     batches = ShuffledBatches(examples, config.batch_size, config.seed)
     state = create_state(config)
-    with CheckpointHook(
-        workdir, every_n_steps=config.checkpoint_every_steps, on_steps=(config.num_steps,)
-    ) as hook:
+    with CheckpointHook(workdir, every_n_steps=config.checkpoint_every_steps, on_steps=(config.num_steps,)) as hook:
         state = hook.restore(state, data=batches)
         for step in range(hook.start_step, config.num_steps):
             state, metrics = train_step(state, next(batches))
