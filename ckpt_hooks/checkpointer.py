@@ -11,15 +11,14 @@ A save, in order (each barrier is passed by every process, the primary does the 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,7 +36,6 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.handlers.base import (
     CheckpointArgs,
-    StagedSave,
     construct_checkpoint_args,
     get_registered_handler_cls,
     stage_with,
@@ -68,14 +66,14 @@ _log = logging.getLogger(__name__)
 class _Save:
     """A save between its beginning and its commit."""
 
-    operation: int
     final: epath.Path
     temporary: TemporaryPath
-    staged: StagedSave
+    operation: int
     custom_metadata: Mapping[str, Any]
     metrics: Mapping[str, Any]
     on_commit: Callable[[], None] | None
     start_secs: float
+    write: Callable[[epath.Path], None] | None = None
 
 
 class Checkpointer:
@@ -112,7 +110,6 @@ class Checkpointer:
         self._handler = wrap_legacy(handler)
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
         self._multiprocessing_options.check_membership()
-        self._file_options = file_options or FileOptions()
         store = checkpoint_metadata_store
         if store is not None and not store.is_blocking_writer and self._needs_blocking_store:
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
@@ -120,8 +117,24 @@ class Checkpointer:
             enable_write=self._multiprocessing_options.is_primary(), blocking_write=True
         )
         self._temporary_path_class = temporary_path_class or AtomicRenameTemporaryPath
+        self._path_options: dict[str, Any] = {
+            "checkpoint_metadata_store": self._store,
+            "file_options": file_options or FileOptions(),
+            "multiprocessing_options": self._multiprocessing_options,
+        }
         self._barrier_timeout_secs = processes.DEFAULT_BARRIER_TIMEOUT_SECS
-        events.event("checkpointer/init")
+        self._is_primary = self._multiprocessing_options.is_primary()
+        self._store_blocks = self._store.is_blocking_writer
+        self._is_alone = processes.count() == 1
+        self._barrier_prefix = self._multiprocessing_options.key("")
+        self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
+        self._handler_names: Callable[[], dict[str, str] | str] = (
+            self._handler.item_handler_names
+            if isinstance(self._handler, CompositeCheckpointHandler)
+            else functools.partial(recorded_name, self._handler)
+        )
+        self.failure: SaveFailedError | None = None
+        events.record_event(events.CHECKPOINTER_INIT)
 
     # -------------------------------------------------------------- saving
 
@@ -158,9 +171,11 @@ class Checkpointer:
           options: `force` and `custom_metadata` as in `save`; `metrics`, recorded beside them; and
             `on_commit`, called in the primary process after the commit.
         """
-        with _reported_save(directory):
-            save = self._begin(directory, args, **options)
+        save = self._begin(directory, args, **options)
+        try:
             self._complete(save, "save", "finalize")
+        except BaseException as error:
+            raise self._failed(save, error) from error.__cause__
 
     def _begin(
         self,
@@ -174,50 +189,57 @@ class Checkpointer:
     ) -> _Save:
         """All that must happen before the caller may change the state."""
         start_secs = time.perf_counter()
-        operation = processes.next_operation_id()
-        checked_metadata = check_custom_metadata(custom_metadata)
-        self._barrier("save_start", operation)
-        self._check_destination(final, force=force)
-        with events.phase("write/stage"):
-            staged = stage_with(self._handler, args)
-        temporary = self.get_temporary_path(final)
-        if force:
-            temporary.replaces = True
-        save = _Save(operation, final, temporary, staged, checked_metadata, metrics or {}, on_commit, start_secs)
-        with self._discarded_on_error(save):
-            with events.phase("write/directory"):
-                self._create(temporary, staged.nbytes, operation)
+        events.record_event(events.WRITE_START)
+        temporary = self._temporary_path_class.from_final(final, **self._path_options)
+        temporary.replaces = force
+        operation = next(processes.operation_ids)
+        save = _Save(final, temporary, operation, {}, metrics or {}, on_commit, start_secs)
+        try:
+            save.custom_metadata = check_custom_metadata(custom_metadata)
+            self._barrier("save_start", operation)
+            if os.path.lexists(final):
+                self._check_destination(final, force=force)
+            staged = self._stage(args)
+            staged_secs = time.perf_counter()
+            events.record_duration_secs(events.WRITE_STAGE_SECS, staged_secs - start_secs)
+            self._create(temporary, final, staged.nbytes, operation)
             if staged.begin is not None:
                 staged.begin(temporary.get())
+            save.write = staged.write
+            events.record_scalar(events.WRITE_BYTES, staged.nbytes)
+            events.record_duration_secs(events.WRITE_DIRECTORY_SECS, time.perf_counter() - staged_secs)
+        except BaseException as error:
+            raise self._failed(save, error) from error.__cause__
         return save
 
-    def _create(self, temporary: TemporaryPath, nbytes: int, operation: int) -> None:
+    def _create(self, temporary: TemporaryPath, final: epath.Path, nbytes: int, operation: int) -> None:
         self._barrier("create_tmp_directory:pre", operation)
-        if self._multiprocessing_options.is_primary():
-            commit.require_free_bytes(os.fspath(temporary.get_final()), nbytes)
+        if self._is_primary:
+            commit.require_free_bytes(os.fspath(final), nbytes)
             temporary.create()
         self._barrier("create_tmp_directory:post", operation)
-        if not self._multiprocessing_options.is_primary():
+        if not self._is_primary:
             temporary.join()
 
     def _complete(self, save: _Save, written: str, committed: str) -> None:
         """Everything after the state has been taken, to the commit."""
-        primary = self._multiprocessing_options.is_primary()
-        with self._discarded_on_error(save):
-            path = save.temporary.get()
-            with events.phase("write/items"):
-                save.staged.write(path)
-            if not primary:
-                commit.sync_tree(os.fspath(path))  # the primary syncs what it sees; a network file system may lag
-            self._barrier(written, save.operation)
-            if primary:
-                with events.phase("write/commit"):
-                    self._commit(save, path)
-            self._barrier(committed, save.operation)
-        if primary and save.on_commit is not None:
+        start_secs = time.perf_counter()
+        path = save.temporary.get()
+        if save.write is not None:
+            save.write(path)
+        if not self._is_primary:
+            commit.sync_tree(os.fspath(path))  # the primary syncs what it sees; a network file system may lag
+        written_secs = time.perf_counter()
+        events.record_duration_secs(events.WRITE_ITEMS_SECS, written_secs - start_secs)
+        self._barrier(written, save.operation)
+        if self._is_primary:
+            self._commit(save, path)
+            events.record_duration_secs(events.WRITE_COMMIT_SECS, time.perf_counter() - written_secs)
+        self._barrier(committed, save.operation)
+        if self._is_primary and save.on_commit is not None:
             save.on_commit()
-        events.event("write/success")
-        events.duration("write/total_duration_secs", time.perf_counter() - save.start_secs)
+        events.record_event(events.WRITE_SUCCESS)
+        events.record_duration_secs(events.WRITE_TOTAL_SECS, time.perf_counter() - save.start_secs)
 
     def _commit(self, save: _Save, path: epath.Path) -> None:
         self._store.update(
@@ -229,14 +251,23 @@ class Checkpointer:
         self._handler.finalize(path)
         save.temporary.finalize()
 
-    def _handler_names(self) -> dict[str, str] | str:
-        if isinstance(self._handler, CompositeCheckpointHandler):
-            return self._handler.item_handler_names()
-        return recorded_name(self._handler)
+    def _failed(self, save: _Save, error: BaseException) -> BaseException:
+        """Clears up after a save that failed, and reports it; the error to raise says what to do."""
+        if self._is_primary:
+            try:
+                save.temporary.discard()
+            except OSError as second:
+                _log.warning("cannot remove the failed save at %s: %s", save.final, second)
+        events.record_event(events.WRITE_FAILURE, reason=type(error).__name__)
+        _log.error("saving %s failed: %s: %s", save.final, type(error).__name__, error)
+        if not isinstance(error, OSError):
+            return error
+        explained = explain_os_error(error, f"saving {save.final}")
+        if explained is not error:
+            explained.__cause__ = error
+        return explained
 
     def _check_destination(self, final: epath.Path, *, force: bool) -> None:
-        if not os.path.lexists(final):
-            return
         if not os.path.isdir(final):
             raise DestinationExistsError(f"{final} is a file; a checkpoint is a directory. Choose another path.")
         begun = os.path.exists(final / METADATA_FILE)
@@ -254,18 +285,6 @@ class Checkpointer:
             "new checkpoint is durable."
         )
 
-    @contextlib.contextmanager
-    def _discarded_on_error(self, save: _Save) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            if self._multiprocessing_options.is_primary():
-                try:
-                    save.temporary.discard()
-                except OSError as error:
-                    _log.warning("cannot remove the failed save at %s: %s", save.final, error)
-            raise
-
     # -------------------------------------------------------------- restoring
 
     def restore(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,7 +295,7 @@ class Checkpointer:
         """
         path = self._committed_path(directory)
         start_secs = time.perf_counter()
-        events.event("read/start")
+        events.record_event(events.READ_START)
         try:
             checksums = FileChecksums.of_checkpoint(os.fspath(path), METADATA_FILE)
             if checksums is not None:
@@ -284,11 +303,11 @@ class Checkpointer:
                 checksums.check(os.fspath(path), below="" if composite else None)
             restored = self._handler.restore(path, args=self._construct_args(False, args, kwargs))
         except BaseException:
-            events.event("read/failure")
+            events.record_event(events.READ_FAILURE)
             raise
         self._barrier("restore", processes.next_operation_id())
-        events.event("read/success")
-        events.duration("read/total_duration_secs", time.perf_counter() - start_secs)
+        events.record_event(events.READ_SUCCESS)
+        events.record_duration_secs(events.READ_TOTAL_SECS, time.perf_counter() - start_secs)
         return restored
 
     def metadata(self, directory: Any) -> StepMetadata:
@@ -323,16 +342,11 @@ class Checkpointer:
 
     def get_temporary_path(self, directory: Any) -> TemporaryPath:
         """Where a checkpoint for `directory` is written before it is committed; nothing is created."""
-        return self._temporary_path_class.from_final(
-            _absolute(directory),
-            checkpoint_metadata_store=self._store,
-            file_options=self._file_options,
-            multiprocessing_options=self._multiprocessing_options,
-        )
+        return self._temporary_path_class.from_final(_absolute(directory), **self._path_options)
 
     async def create_temporary_path(self, temporary_path: TemporaryPath) -> epath.Path:
         """Makes the directory of a temporary path, between the same barriers as a save does."""
-        self._create(temporary_path, 0, processes.next_operation_id())
+        self._create(temporary_path, temporary_path.get_final(), 0, processes.next_operation_id())
         return temporary_path.get()
 
     def synchronize_next_awaitable_signal_operation_id(self) -> int:
@@ -366,16 +380,19 @@ class Checkpointer:
         return constructed
 
     def _barrier(self, name: str, operation: int) -> None:
-        key = f"Checkpointer:{name}.{operation}"
-        processes.barrier(key, self._multiprocessing_options, self._barrier_timeout_secs)
+        key = f"{self._barrier_prefix}Checkpointer:{name}.{operation}"
+        if self._is_alone:
+            events.record_duration_secs(events.BARRIER_SECS, 0.0, key=key)
+        else:
+            processes.barrier(key, self._multiprocessing_options, self._barrier_timeout_secs)
 
 
 class AsyncCheckpointer(Checkpointer):
     """A `Checkpointer` whose `save` returns as soon as the state is taken, and commits in the background.
 
     One save runs at a time: the next one waits for it. A failure is raised once, as SaveFailedError, by the next
-    `save`, `wait_until_finished`, `check_for_errors` or `close`. A program that ends right after a save commits
-    it first; if that fails, it says so and exits with a code that is not 0.
+    call of any method. A program that ends right after a save commits it first; if that fails, it says so and exits
+    with a code that is not 0.
 
     Args:
       timeout_secs: bounds every wait for another process.
@@ -398,63 +415,66 @@ class AsyncCheckpointer(Checkpointer):
         super().__init__(handler, **options)
         self._barrier_timeout_secs = timeout_secs
         self._thread: threading.Thread | None = None
-        self._error: SaveFailedError | None = None
-        _live_checkpointers.add(self)
-        events.event("async_checkpointer/init")
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+        events.record_event(events.ASYNC_CHECKPOINTER_INIT)
 
     def save_args(self, directory: epath.Path, args: CheckpointArgs, **options: Any) -> None:
         start_secs = time.perf_counter()
         self.wait_until_finished()
-        with _reported_save(directory):
-            save = self._begin(directory, args, **options)
+        save = self._begin(directory, args, **options)
         # Not a daemon: the interpreter waits for it, so a program that ends now still commits.
-        thread = threading.Thread(target=self._run, args=(save,), name=f"ckpt_hooks-save-{directory.name}")
-        self._thread = thread
+        self._thread = threading.Thread(target=self._run, args=(save,), name=f"ckpt_hooks-save-{directory.name}")
+        self._is_idle.clear()
         try:
-            thread.start()
-        except RuntimeError:  # the interpreter is ending already and starts no threads
-            self._thread = None
+            if not threading.main_thread().is_alive():
+                raise RuntimeError("the interpreter is ending, and waits for no thread that starts now")
+            self._thread.start()
+        except RuntimeError:
             self._run(save)
-        events.duration("write/blocking_duration_secs", time.perf_counter() - start_secs)
+        events.record_duration_secs(events.WRITE_BLOCKING_SECS, time.perf_counter() - start_secs)
 
     def _run(self, save: _Save) -> None:
         try:
-            with _reported_save(save.final, started=True):
-                name = save.final.name
-                self._complete(save, f"async_write_complete.{name}", f"async_commit_complete.{name}")
+            name = save.final.name
+            self._complete(save, f"async_write_complete.{name}", f"async_commit_complete.{name}")
         except BaseException as error:
             failure = SaveFailedError(f"the background save of {save.final} failed: {error}")
-            failure.__cause__ = error
-            self._error = failure
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether a failure waits to be raised; costs nothing to ask."""
-        return self._error is not None
+            failure.__cause__ = self._failed(save, error)
+            self.failure = failure
+            _untold.add(self)
+        finally:
+            self._is_idle.set()
 
     @property
     def is_saving(self) -> bool:
         """Whether a save is in flight."""
-        return self._thread is not None and self._thread.is_alive()
+        return not self._is_idle.is_set()
 
     def wait_until_finished(self) -> None:
         """Waits for the save in flight; raises its failure, once."""
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-            self._thread = None
-        self._store.wait_until_finished()
-        self.check_for_errors()
+        if self._thread is not threading.current_thread():
+            # Not join(): if Ctrl-C interrupts it, Python 3.11 takes the thread for ended, and at its exit drops it.
+            self._is_idle.wait()
+        if not self._store_blocks:
+            self._store.wait_until_finished()
+        if self.failure is not None:
+            self.check_for_errors()
 
     def check_for_errors(self) -> None:
         """Raises the failure of a background save, once; does not wait."""
-        error, self._error = self._error, None
+        error, self.failure = self.failure, None
+        _untold.discard(self)
         if error is not None:
             raise error
 
     def restore(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
         self.wait_until_finished()
         return super().restore(directory, *args, **kwargs)
+
+    def metadata(self, directory: Any) -> StepMetadata:
+        self.check_for_errors()
+        return super().metadata(directory)
 
     def close(self) -> None:
         try:
@@ -463,36 +483,19 @@ class AsyncCheckpointer(Checkpointer):
             super().close()
 
 
-_live_checkpointers: weakref.WeakSet[AsyncCheckpointer] = weakref.WeakSet()
+_untold: set[AsyncCheckpointer] = set()  # those with a failure; nobody else may hold them any more
 
 
 @atexit.register
 def _exit_loudly() -> None:
     """A failure that nobody has been told of must not end in exit code 0."""
-    failures = [checkpointer._error for checkpointer in list(_live_checkpointers) if checkpointer._error]
+    failures = [checkpointer.failure for checkpointer in list(_untold) if checkpointer.failure]
     if failures:
         for failure in failures:
             print(f"ckpt_hooks: {failure}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-
-
-@contextlib.contextmanager
-def _reported_save(final: epath.Path, *, started: bool = False) -> Iterator[None]:
-    """Events and a log line for a save that fails, and an OSError that says what to do."""
-    if not started:
-        events.event("write/start")
-    try:
-        yield
-    except BaseException as error:
-        events.event("write/failure", reason=type(error).__name__)
-        _log.error("saving %s failed: %s: %s", final, type(error).__name__, error)
-        if isinstance(error, OSError):
-            explained = explain_os_error(error, f"saving {final}")
-            if explained is not error:
-                raise explained from error
-        raise
 
 
 def _absolute(directory: Any) -> epath.Path:

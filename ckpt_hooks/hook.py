@@ -14,12 +14,23 @@ import numpy as np
 
 from ckpt_hooks import processes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS
-from ckpt_hooks.errors import CheckpointError, CheckpointNotFoundError, InvalidArgumentError, Preempted
+from ckpt_hooks.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidArgumentError,
+    MetricNotFoundError,
+    NameCollisionError,
+    Preempted,
+    UnsupportedLeafError,
+)
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
 from ckpt_hooks.triggers import Triggers, check_step
 
 __all__ = ["CheckpointHook"]
+
+# What only the caller can mend: trying again at the next trigger would fail again.
+_MISTAKES = (InvalidArgumentError, TypeError, UnsupportedLeafError, NameCollisionError, MetricNotFoundError)
 
 _log = logging.getLogger(__name__)
 
@@ -89,10 +100,11 @@ class CheckpointHook:
         self._start_step = 0
         self._last_step = 0  # of the last call
         self._saved_step = -1  # of the last save that was started
-        self._next_step = 0
-        self._next_secs = 0.0
+        self._next_step = 0  # the next one that is due
+        self._checkpointer = self.manager.checkpointer
         self._watches_time = self._triggers.every_secs is not None
-        self._reset(0)
+        self._always_looks = self._watches_time or self._asks_runtime
+        self._follow(0)
 
     # -------------------------------------------------------------- the loop
 
@@ -110,24 +122,28 @@ class CheckpointHook:
           SaveFailedError: an earlier save in the background failed (unless on_save_error="warn").
         """
         if (
-            self._last_step < step < self._next_step
-            and not self._watches_time
+            type(step) is int  # and not an array, for whose value the comparison would wait
+            and self._last_step < step < self._next_step
             and not self._notice.received
-            and not self._asks_runtime
-            and not self.manager.has_failed
+            and self._checkpointer.failure is None
+            and not self._always_looks
         ):
             self._last_step = step
             return False
         return self._look(step, state, metrics, metadata, items)
 
     def _look(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
-        step = check_step(step)
+        if type(step) is not int or step < 0:
+            step = check_step(step)
         if step <= self._last_step:
-            self._next_step = self._triggers.next_step(step - 1)  # the loop went back
+            self._follow(step - 1)  # the loop went back
         self._last_step = step
-        self._raise_or_warn()
-        if self._preempted_at(step):
+        if self._checkpointer.failure is not None:
+            self._raise_or_warn()
+        if self._notice.received or (self._asks_runtime and self._preempted_at(step)):
             return self._leave(step, state, metrics, metadata, items)
+        if step == self._saved_step:
+            return False  # a loop that begins with the step that was restored, or ends with one already saved
         if step < self._next_step and not (self._watches_time and self._is_time(step)):
             return False
         return self._save(step, state, metrics, metadata, items)
@@ -139,11 +155,15 @@ class CheckpointHook:
         return due
 
     def _save(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
-        self._reset(step)  # before the save: one that fails is tried again at the next trigger, not at the next step
+        # Before the save: one that fails is tried again at the next trigger, not at the next step.
+        while self._next_step <= step:
+            self._next_step = next(self._marks)
+        if self._watches_time:
+            self._next_secs = self._triggers.next_secs(time.monotonic())
         try:
             self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)
         except (CheckpointError, OSError) as error:
-            if not self._warns or isinstance(error, InvalidArgumentError | TypeError):
+            if not self._warns or isinstance(error, _MISTAKES):
                 raise
             _log.error("saving step %d failed, training goes on: %s", step, error)
             return False
@@ -156,7 +176,7 @@ class CheckpointHook:
         """Saves now, whatever the triggers say; arguments as in `CheckpointManager.save`."""
         self.manager.save(step, state, metrics=metrics, metadata=metadata, force=force, **items)
         self._saved_step = check_step(step)
-        self._reset(self._saved_step)
+        self._follow(self._saved_step)
 
     def record_metrics(self, step: int, metrics: Any) -> None:
         """Adds metrics that arrived after the save; retention looks again."""
@@ -171,17 +191,18 @@ class CheckpointHook:
         self._notice.close()
         self.manager.close()
 
-    def _reset(self, step: int) -> None:
+    def _follow(self, step: int) -> None:
+        """Looks from `step` on for the next one that is due."""
         self._last_step = step
-        self._next_step = self._triggers.next_step(step)
+        self._marks = self._triggers.marks(step)
+        self._next_step = next(self._marks)
         self._next_secs = self._triggers.next_secs(time.monotonic())
 
     def _raise_or_warn(self) -> None:
-        if not self.manager.has_failed:
-            return
         try:
             self.manager.wait()
         except CheckpointError as error:
+            self._saved_step = -1  # whoever is asked to stop at this step has to save it again
             if not self._warns:
                 raise
             _log.error("%s; training goes on, the next trigger tries again", error)
@@ -212,7 +233,7 @@ class CheckpointHook:
                 raise
             return state
         self._start_step = self._saved_step = step
-        self._reset(step)
+        self._follow(step)
         _log.info("resumed from step %d of %s", step, self.manager.directory)
         return restored
 
@@ -234,12 +255,11 @@ class CheckpointHook:
         return self._preempted or bool(self._notice.received)
 
     def _preempted_at(self, step: int) -> bool:
-        if self._asks_runtime:
-            from jax.experimental import multihost_utils
+        """Whether the runtime says so; every process has to ask at every step, and all are told at the same one."""
+        from jax.experimental import multihost_utils
 
-            # Every process has to ask at every step; the runtime answers all of them at the same one.
-            self._preempted = self._preempted or multihost_utils.reached_preemption_sync_point(step)
-        return self.preempted
+        self._preempted = self._preempted or multihost_utils.reached_preemption_sync_point(step)
+        return self._preempted
 
     def _leave(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
         """Saves, waits for the commit, and raises `Preempted`."""

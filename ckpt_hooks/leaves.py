@@ -1,11 +1,11 @@
-"""What a leaf is: its kind on disk, its array form, and the host bytes that this process owns. Pure of I/O."""
+"""What a leaf is: its kind on disk, its array form on the host, and its lines in Orbax's JSON files. No I/O."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import json
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from ckpt_hooks import tree
 from ckpt_hooks.errors import UnsupportedLeafError
 from ckpt_hooks.storage.layout import ArraySpec
 
-__all__ = ["LeafPlan", "describe_leaf", "host_chunks", "is_prng_key", "sharding_to_json", "signature"]
+__all__ = [
+    "DELETED",
+    "LeafPlan",
+    "array_metadata_file",
+    "describe_leaf",
+    "is_prng_key",
+    "shard_arrays",
+    "sharding_file",
+    "sharding_to_json",
+    "tree_metadata_file",
+]
 
 _SCALAR_DTYPES: dict[type, np.dtype] = {
     bool: np.dtype(np.bool_),
@@ -39,6 +50,10 @@ _EXTENDED_DTYPES = frozenset(
         "int2",
         "int4",
     }
+)
+DELETED = (
+    "this array has been deleted, probably donated to a jitted step (donate_argnums); save the state that the step "
+    "returned."
 )
 
 
@@ -65,15 +80,6 @@ def is_prng_key(value: Any) -> bool:
     """Whether an array, or an abstract one, is of typed PRNG keys."""
     dtype = getattr(value, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def signature(leaf: Any) -> Hashable:
-    """What a leaf's plan depends on: all but its values."""
-    if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype, leaf.sharding
-    if isinstance(leaf, np.ndarray | np.generic):
-        return type(leaf), leaf.shape, leaf.dtype
-    return (type(leaf),)
 
 
 # ------------------------------------------------------------------ describing
@@ -119,10 +125,7 @@ def _storable(name: str, dtype: np.dtype) -> np.dtype:
 
 def _describe_jax_array(name: str, leaf: jax.Array) -> LeafPlan:
     if leaf.is_deleted():
-        raise UnsupportedLeafError(
-            f"{name or 'the state'}: this array has been deleted, probably donated to a jitted step "
-            "(donate_argnums); save the state that the step returned."
-        )
+        raise UnsupportedLeafError(f"{name or 'the state'}: {DELETED}")
     key_impl = str(jax.random.key_impl(leaf)) if is_prng_key(leaf) else None
     data = leaf if key_impl is None else jax.random.key_data(leaf)
     dtype = _storable(name, np.dtype(data.dtype))
@@ -142,39 +145,22 @@ def _grid_position(region: tuple[slice, ...], chunk_shape: tuple[int, ...]) -> t
     return tuple((part.start or 0) // size for part, size in zip(region, chunk_shape, strict=True))
 
 
-# ------------------------------------------------------------------ host bytes
+# ------------------------------------------------------------------ host arrays
 
 
-def host_chunks(plan: LeafPlan, leaf: Any, *, copy: bool) -> Iterator[tuple[int, memoryview]]:
-    """(number of the chunk, its bytes) of the chunks that this process owns.
-
-    JAX arrays are immutable, so a view of a CPU array is as good as a copy: JAX keeps the buffer of an array
-    that is donated or deleted as long as a view of it lives. NumPy arrays may change under a background
-    writer, so `copy` takes one.
-    """
-    if plan.array is None or not plan.array.grid:
-        return
-    if not isinstance(leaf, jax.Array):
-        array = np.array(leaf, plan.array.dtype, order="C", copy=copy or None)
-        yield 0, _as_bytes(array)
-        return
+def shard_arrays(plan: LeafPlan, leaf: jax.Array) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """(number of the chunk, its array) of the chunks that this process owns."""
+    assert plan.array is not None
     data = leaf if plan.key_impl is None else jax.random.key_data(leaf)
-    if not plan.is_sharded:
-        yield 0, _as_bytes(np.asarray(data))
-        return
     numbers = {position: number for number, position in enumerate(plan.array.grid)}
-    for shard in data.addressable_shards:
-        if shard.replica_id == 0:
-            position = _grid_position(shard.index, plan.array.chunk_shape)
-            yield numbers[position], _as_bytes(np.asarray(shard.data))
+    shards = [shard for shard in data.addressable_shards if shard.replica_id == 0]
+    for shard in shards:
+        shard.data.copy_to_host_async()  # transfers from an accelerator overlap
+    for shard in shards:
+        yield numbers[_grid_position(shard.index, plan.array.chunk_shape)], np.asarray(shard.data)
 
 
-def _as_bytes(array: npt.NDArray[Any]) -> memoryview:
-    # The extended dtypes have no buffer protocol; their bytes do.
-    return array.reshape(-1).view(np.uint8).data
-
-
-# ------------------------------------------------------------------ Orbax's _sharding file
+# ------------------------------------------------------------------ Orbax's JSON files
 
 
 def sharding_to_json(sharding: jax.sharding.Sharding) -> str | None:
@@ -198,8 +184,49 @@ def sharding_to_json(sharding: jax.sharding.Sharding) -> str | None:
     )
 
 
-def sharding_file(shardings: dict[str, str]) -> bytes:
+def sharding_file(names: Sequence[str], leaves: Sequence[LeafPlan]) -> bytes:
     """The file ``_sharding``: {URL-safe base64 of the name: JSON text}."""
-    return json.dumps(
-        {base64.urlsafe_b64encode(name.encode()).decode(): text for name, text in shardings.items()}
-    ).encode()
+    entries = {
+        base64.urlsafe_b64encode(name.encode()).decode(): leaf.sharding
+        for name, leaf in zip(names, leaves, strict=True)
+        if leaf.sharding is not None
+    }
+    return json.dumps(entries).encode()
+
+
+def tree_metadata_file(named: Sequence[tree.Leaf], leaves: Sequence[LeafPlan]) -> bytes:
+    """The file ``_METADATA``; `leaves` are the plans of those in `named` that are not empty nodes."""
+    plans = iter(leaves)
+    records = []
+    for leaf in named:
+        if leaf.is_empty:
+            records.append(tree.LeafRecord(leaf.keys, tree.empty_type(leaf.value)))
+            continue
+        plan = next(plans)
+        write_shape = plan.array.chunk_shape if plan.array and plan.value_type == "jax.Array" else None
+        records.append(tree.LeafRecord(leaf.keys, plan.value_type, write_shape))
+    content = {
+        "tree_metadata": tree.records_to_json(records),
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    return json.dumps(content).encode()
+
+
+def array_metadata_file(leaves: Sequence[LeafPlan]) -> bytes:
+    """The file ``array_metadatas/process_<i>``: chunk shapes, and the kinds of PRNG keys."""
+    entries = []
+    for leaf in leaves:
+        if leaf.array is None or leaf.value_type != "jax.Array":
+            continue
+        shape = list(leaf.array.chunk_shape)
+        entry = {
+            "param_name": leaf.array.name,
+            "write_shape": shape,
+            "chunk_shape": shape,
+            "ext_metadata": {"random_key_impl": leaf.key_impl} if leaf.key_impl else None,
+        }
+        entries.append({"array_metadata": entry})
+    return json.dumps({"array_metadatas": entries}).encode()

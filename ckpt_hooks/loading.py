@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -14,8 +15,8 @@ import numpy as np
 from ckpt_hooks import events, tree
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, match, place_on_devices
-from ckpt_hooks.plan import ARRAY_METADATA_FOLDER, METADATA_FILE, STRINGS_FILE
 from ckpt_hooks.storage.reader import ArrayInfo, Database
+from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, STRINGS_FILE
 
 __all__ = ["NO_TARGET", "SavedTree"]
 
@@ -83,9 +84,10 @@ class SavedTree:
         return array.item() if saved.value_type == "scalar" and array.ndim == 0 else array
 
     def _read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        with events.phase("read/data"):
-            arrays = self._arrays.read([name for name in names if name not in self._strings])
-        events.scalar("read/bytes", sum(array.nbytes for array in arrays.values()))
+        start_secs = time.perf_counter()
+        arrays = self._arrays.read([name for name in names if name not in self._strings])
+        events.record_duration_secs(events.READ_DATA_SECS, time.perf_counter() - start_secs)
+        events.record_scalar(events.READ_BYTES, sum(array.nbytes for array in arrays.values()))
         return arrays
 
     def metadata(self) -> Any:

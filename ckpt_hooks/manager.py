@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from etils import epath
 
@@ -34,12 +34,14 @@ from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_num
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.restoring import read_metadata, restore_checkpoint
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
+from ckpt_hooks.storage import commit
 from ckpt_hooks.temporary_paths import FileOptions
 from ckpt_hooks.triggers import check_step
 
 __all__ = ["CheckpointManager"]
 
 _RESERVED = frozenset({"step", "metrics"})  # keys of custom_metadata that the manager writes
+_NO_METRICS: Mapping[str, Any] = {}
 # Errors that another checkpoint would give as well, or that only the caller can mend: no reason to fall back.
 _NOT_DAMAGE = (
     HandlerNotFoundError,
@@ -51,6 +53,8 @@ _NOT_DAMAGE = (
     UnsupportedLeafError,
     MemoryError,
 )
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -94,17 +98,21 @@ class CheckpointManager:
     ) -> None:
         self._run = RunDirectory(directory)
         self._policies = retention.check_policies(keep)
+        counting = retention.LatestN | retention.EveryNSteps
+        # As long as there are no more than this many, all stay, and no policy need be asked.
+        self._always_kept = max([policy.n for policy in self._policies if isinstance(policy, retention.LatestN)] or [0])
+        self._ranks = not all(isinstance(policy, counting) for policy in self._policies)
         self._options: dict[str, Any] = {
             "multiprocessing_options": multiprocessing_options or MultiprocessingOptions(),
             "file_options": file_options or FileOptions(),
         }
         handler = CompositeCheckpointHandler(handler_registry=_registry())
-        self._checkpointer: Checkpointer = (
+        self.checkpointer: Checkpointer = (
             AsyncCheckpointer(handler, timeout_secs=timeout_secs, **self._options)
             if async_save
             else Checkpointer(handler, **self._options)
         )
-        events.event("checkpoint_manager/init")
+        events.record_event(events.MANAGER_INIT)
 
     @property
     def directory(self) -> epath.Path:
@@ -140,35 +148,35 @@ class CheckpointManager:
           UnsupportedLeafError, NameCollisionError, NotSerializableError, MetricNotFoundError,
           DiskFullError, UnwritableDirectoryError: before anything is written.
         """
-        step = check_step(step)
-        numbers = to_json_numbers(metrics)
-        custom = self._custom_metadata(step, numbers, metadata)
+        if type(step) is not int or step < 0:
+            step = check_step(step)
+        numbers = to_json_numbers(metrics) if metrics is not None else {}
+        custom = {"step": step, "metrics": numbers}
+        if metadata is not None:
+            custom |= _checked_metadata(metadata)
         args = self._save_args(state, numbers, items)
         self.wait()
-        self._run.lock()
-        newest = self._run.latest_step()
-        if newest is not None and step <= newest and not force:
+        run = self._run
+        if not run.is_locked:
+            run.lock()
+        if not force and run.known and step <= max(run.known):
             raise InvalidArgumentError(
-                f"save at step {step}, but {self._run.path} has step {newest} already. Restore first and go on from "
+                f"save at step {step}, but {run.path} has step {max(run.known)} already. Restore first and go on from "
                 "there, choose another directory, or pass force=True to take the run back to this step."
             )
-        retention.check_recorded(self._policies, self._retention_metrics(), numbers)
-        self._run.make_way(step)
-        self._checkpointer.save_args(
-            epath.Path(self._run.step_path(step)),
+        if self._ranks:
+            retention.check_recorded(self._policies, self._all_metrics(), numbers)
+        path = epath.Path(f"{run.path}/{step}")
+        if run.rejected or os.path.lexists(path):
+            run.make_way(step)
+        self.checkpointer.save_args(
+            path,
             args,
             force=force,
             custom_metadata=custom,
             metrics=numbers,
-            on_commit=functools.partial(self._after_commit, step),
+            on_commit=functools.partial(self._after_commit, step, numbers),
         )
-
-    def _custom_metadata(self, step: int, numbers: Mapping[str, Any], metadata: Any) -> dict[str, Any]:
-        checked = check_custom_metadata(metadata)
-        taken = sorted(_RESERVED & checked.keys())
-        if taken:
-            raise InvalidArgumentError(f"metadata: {taken} are written by the library; choose other keys")
-        return {"step": step, "metrics": dict(numbers), **checked}
 
     def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
         args: dict[str, CheckpointArgs] = {
@@ -183,19 +191,26 @@ class CheckpointManager:
             args[METRICS_ITEM] = JsonSaveArgs(dict(numbers))  # where Orbax's best_fn looks
         return CompositeArgs(**args)
 
-    def _after_commit(self, step: int) -> None:
-        """In the background, when `step` is durable: sets newer ones aside, and removes what need not stay."""
-        self._run.forget_metrics(step)
-        for newer in self._run.steps():
-            if newer > step:
-                self._run.set_aside(newer, "rolled_back")
-        self._apply_retention()
+    def _after_commit(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """When `step` is durable: sets newer ones aside, and removes what need not stay."""
+        run = self._run
+        for newer in [known for known in run.known if known > step]:
+            run.set_aside(newer, "rolled_back")
+        run.known.add(step)
+        run.recorded[step] = metrics
+        if len(run.known) > self._always_kept:
+            self._apply_retention()
 
     def _apply_retention(self) -> None:
-        recorded = self._retention_metrics()
+        run = self._run
+        recorded = self._all_metrics() if self._ranks else dict.fromkeys(run.known, _NO_METRICS)
         for step in sorted(recorded.keys() - retention.steps_to_keep(self._policies, recorded)):
+            run.known.discard(step)
+            run.recorded.pop(step, None)
             try:
-                self._run.remove(step)
+                commit.remove_tree(f"{run.path}/{step}")
+            except FileNotFoundError:
+                _log.warning("step %d of %s was removed by somebody else", step, run.path)
             except OSError as error:
                 # What cannot be deleted does not make the new checkpoint a failure.
                 _log.warning("step %d should go, and cannot be removed: %s", step, error)
@@ -240,10 +255,14 @@ class CheckpointManager:
         read = functools.partial(restore_checkpoint, like=like, items=items, cast=cast, objects=objects)
         if step is not None and step != "latest":
             number = self._best_or_raise() if step == "best" else check_step(step)
-            return number, read(self._run.require(number))
-        return self._restore_newest(read)
+            restored, states = read(self._run.require(number))
+        else:
+            number, (restored, states) = self._read_newest(read)
+        for name, value in objects.items():
+            value.set_state(states[name])
+        return number, restored
 
-    def _restore_newest(self, read: Any) -> tuple[int, Any]:
+    def _read_newest(self, read: Callable[[str], _T]) -> tuple[int, _T]:
         rejected: dict[int, str] = {}
         for step in reversed(self._run.steps()):
             try:
@@ -253,7 +272,7 @@ class CheckpointManager:
             except Exception as error:  # another library's damage comes in every class
                 reason = f"{type(error).__name__}: {error}"
                 _log.error("step %d of %s is rejected: %s", step, self._run.path, reason)
-                events.event("read/rejected", step=step)
+                events.record_event(events.READ_REJECTED, step=step)
                 rejected[step] = reason
                 continue
             self._run.rejected.update(rejected)
@@ -323,12 +342,6 @@ class CheckpointManager:
                 problems.append(f"{path}: {type(error).__name__}: {error}")
         return problems
 
-    def _retention_metrics(self) -> dict[int, Mapping[str, Any]]:
-        """`_all_metrics`, without reading them where the policies count only steps."""
-        if all(isinstance(policy, retention.LatestN | retention.EveryNSteps) for policy in self._policies):
-            return {step: {} for step in self._run.steps()}
-        return self._all_metrics()
-
     def _all_metrics(self) -> dict[int, Mapping[str, Any]]:
         """{step: what it recorded}, of every committed step."""
         return {step: self._run.metrics(step) for step in self._run.steps()}
@@ -367,22 +380,17 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Waits until the save in flight is committed; raises its failure, once."""
-        if isinstance(self._checkpointer, AsyncCheckpointer):
-            self._checkpointer.wait_until_finished()
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether a failure of a background save waits to be raised; costs nothing to ask."""
-        return isinstance(self._checkpointer, AsyncCheckpointer) and self._checkpointer.has_failed
+        if isinstance(self.checkpointer, AsyncCheckpointer):
+            self.checkpointer.wait_until_finished()
 
     def _raise_failure(self) -> None:
-        if isinstance(self._checkpointer, AsyncCheckpointer):
-            self._checkpointer.check_for_errors()
+        if isinstance(self.checkpointer, AsyncCheckpointer):
+            self.checkpointer.check_for_errors()
 
     def close(self) -> None:
         """Waits, and gives the run's lock back; the manager may still be used for reading."""
         try:
-            self._checkpointer.close()
+            self.checkpointer.close()
         finally:
             self._run.unlock()
 
@@ -396,6 +404,14 @@ class CheckpointManager:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _checked_metadata(metadata: Any) -> dict[str, Any]:
+    checked = check_custom_metadata(metadata)
+    taken = sorted(_RESERVED & checked.keys())
+    if taken:
+        raise InvalidArgumentError(f"metadata: {taken} are written by the library; choose other keys")
+    return checked
 
 
 def _registry() -> DefaultCheckpointHandlerRegistry:

@@ -109,7 +109,9 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def check_custom_metadata(metadata: Any) -> dict[str, Any]:
-    """The metadata as a dict. Raises before anything is written for what JSON would refuse or change.
+    """A copy of the metadata as plain dicts. Raises before anything is written for what JSON would refuse or change.
+
+    A copy, since it may be written in the background, while the caller goes on appending to a list in it.
 
     InvalidArgumentError for something else than a mapping with string keys, NotSerializableError for a value
     that is not JSON, naming the place.
@@ -121,23 +123,19 @@ def check_custom_metadata(metadata: Any) -> dict[str, Any]:
     for key in metadata:
         if not isinstance(key, str):
             raise InvalidArgumentError(f"custom_metadata: keys are strings, got {key!r}")
-    _check_json(metadata, "custom_metadata")
-    return dict(metadata)
+    return {key: _copy_json(element, f"custom_metadata[{key!r}]") for key, element in metadata.items()}
 
 
-def _check_json(value: Any, where: str) -> None:
+def _copy_json(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
-        return
+        return value
     if isinstance(value, list | tuple):
-        for position, element in enumerate(value):
-            _check_json(element, f"{where}[{position}]")
-        return
+        return [_copy_json(element, f"{where}[{position}]") for position, element in enumerate(value)]
     if isinstance(value, Mapping):
-        for key, element in value.items():
+        for key in value:
             if not isinstance(key, str):
                 raise NotSerializableError(f"{where}: JSON has only string keys, got {key!r}; it would be changed")
-            _check_json(element, f"{where}[{key!r}]")
-        return
+        return {key: _copy_json(element, f"{where}[{key!r}]") for key, element in value.items()}
     raise NotSerializableError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which is not JSON. Pass numbers, "
         "strings, lists and dicts (`float(x)`, `x.tolist()`); arrays belong into the state."
@@ -287,6 +285,7 @@ class _BackgroundStore(_BlockingStore):
 
     def wait_until_finished(self) -> None:
         pending, self._pending = self._pending, []
+        concurrent.futures.wait(pending)  # all of them: after an error, none may write into what is being removed
         for future in pending:
             future.result()
 

@@ -19,7 +19,7 @@ __all__ = ["MultiprocessingOptions", "barrier", "count", "decide_on_primary", "i
 
 DEFAULT_BARRIER_TIMEOUT_SECS = 300.0
 
-_operation_ids = itertools.count()
+operation_ids = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def count() -> int:
 
 def next_operation_id() -> int:
     """A number that every process counts alike, so that the barriers of two saves never mix."""
-    return next(_operation_ids)
+    return next(operation_ids)
 
 
 def barrier(
@@ -86,18 +86,17 @@ def barrier(
     options: MultiprocessingOptions | None = None,
     timeout_secs: float = DEFAULT_BARRIER_TIMEOUT_SECS,
 ) -> None:
-    """Waits until every active process is here.
+    """Waits until every active process is here; `name` is of one operation and has the prefix of the options.
 
     Uses the coordination service and no device collective, so that a background thread may call it while
     the main thread trains. Raises BarrierTimeoutError after `timeout_secs`.
     """
     options = options or MultiprocessingOptions()
-    key = options.key(name)
     start_secs = time.perf_counter()
     members = sorted(options.active_processes) if options.active_processes is not None else None
     if count() > 1 and (members is None or len(members) > 1) and options.primary_host is not None:
-        _wait(key, members, timeout_secs)
-    events.duration("barrier_duration_secs", time.perf_counter() - start_secs, key=key)
+        _wait(name, members, timeout_secs)
+    events.record_duration_secs(events.BARRIER_SECS, time.perf_counter() - start_secs, key=name)
 
 
 def _wait(key: str, members: list[int] | None, timeout_secs: float) -> None:

@@ -33,8 +33,11 @@ def restore_checkpoint(
     items: Iterable[str] | None = None,
     cast: bool = False,
     objects: Mapping[str, Any] | None = None,
-) -> Any:
-    """Restores the checkpoint at `path`, as `CheckpointManager.restore` says."""
+) -> tuple[Any, dict[str, Any]]:
+    """Reads the checkpoint at `path`, as `CheckpointManager.restore` says: (the state, {object: its saved state}).
+
+    No object is touched: what sets their states does so when nothing can fail any more.
+    """
     checkpoint = _Checkpoint(path)
     objects = objects or {}
     asked = None if items is None else _as_names(items)
@@ -42,7 +45,7 @@ def restore_checkpoint(
         if asked is not None or objects:
             wanted = [*(asked or ()), *objects]
             raise ItemNotFoundError(f"{path} is one pytree without items, so it has no {wanted}; leave them out")
-        return checkpoint.restore_tree(like, cast=cast)
+        return checkpoint.restore_tree(like, cast=cast), {}
     whole = checkpoint.whole_item(like) if asked is None else None
     if like is None:
         names = checkpoint.restorable(objects) if asked is None else asked
@@ -53,13 +56,11 @@ def restore_checkpoint(
         wanted_parts = checkpoint.parts_of(like, asked)
     results = checkpoint.restore_items(wanted_parts, objects, with_target=like is not None, cast=cast)
     states = {name: results.pop(name) for name in objects}
-    for name, state in states.items():  # last, so that a failed restore has changed nothing
-        objects[name].set_state(state)
     if like is None or asked is not None:
-        return results
+        return results, states
     if whole is not None:
-        return results[whole]
-    return train_state.join(like, {**train_state.split(like), **results})
+        return results[whole], states
+    return train_state.join(like, {**train_state.split(like), **results}), states
 
 
 def _as_names(items: Iterable[str]) -> list[str]:

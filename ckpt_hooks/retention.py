@@ -47,6 +47,8 @@ class LatestN:
 class BestN:
     """Keeps the `n` best by a recorded metric; of equals, the newer. NaN and infinity never rank.
 
+    Where nothing that was recorded ranks, it keeps the `n` newest.
+
     >>> sorted(BestN(1, "loss").keep({10: {"loss": 0.2}, 20: {"loss": "NaN"}, 30: {"loss": 0.5}}))
     [10]
     """
@@ -60,7 +62,8 @@ class BestN:
         _check_metric(self.metric, self.mode)
 
     def keep(self, metrics: Mapping[int, Metrics]) -> set[int]:
-        return set(ranked(metrics, self.metric, self.mode)[: self.n])
+        best = ranked(metrics, self.metric, self.mode) or sorted(metrics, reverse=True)
+        return set(best[: self.n])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,7 @@ def steps_to_keep(policies: Iterable[RetentionPolicy], metrics: Mapping[int, Met
     kept = {max(metrics)}
     for policy in policies:
         kept |= policy.keep(metrics)
-        if isinstance(policy, BestN) and not ranked(metrics, policy.metric, policy.mode):
+        if isinstance(policy, BestN) and not any(policy.metric in recorded for recorded in metrics.values()):
             # Nobody has recorded the metric yet: what may turn out to be the best must not go.
             return set(metrics)
     return kept
@@ -122,10 +125,12 @@ def ranked(metrics: Mapping[int, Metrics], metric: str, mode: Mode) -> list[int]
     """The steps that recorded a finite value, best first; of equals, the newer first."""
     sign = 1 if mode == "min" else -1
     values = {step: recorded.get(metric) for step, recorded in metrics.items()}
-    finite = {
-        step: float(value) for step, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
-    }
+    finite = {step: value for step, value in values.items() if isinstance(value, int | float) and _is_finite(value)}
     return sorted(finite, key=lambda step: (sign * finite[step], -step))
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # isfinite() fails for an int beyond the range of floats
 
 
 def best_step(metrics: Mapping[int, Metrics], metric: str, mode: Mode) -> int | None:
@@ -148,7 +153,7 @@ def _require_metric(metric: str, recorded: Iterable[Metrics], asked: str) -> Non
 
 
 def _check_positive(n: object, what: str) -> None:
-    if check_step(n, what) == 0:
+    if check_step(n, f"n of {what}") == 0:
         raise InvalidArgumentError(f"{what} keeps at least one; got 0 (keep=None keeps everything)")
 
 

@@ -48,9 +48,12 @@ class RunDirectory:
                 f"{self.path} is a file; a run is a directory of checkpoints. Choose another path."
             )
         self.rejected: dict[int, str] = {}  # steps that did not verify, with the reason
+        # While the run is locked nobody else adds or removes steps, so a save need not list the directory.
+        self.known: set[int] = set()
+        self.is_locked = False
         self._lock: commit.DirectoryLock | None = None
         self._warned: set[str] = set()
-        self._metrics: dict[int, Mapping[str, Any]] = {}
+        self.recorded: dict[int, Mapping[str, Any]] = {}  # what steps recorded, where it was asked for
 
     def step_path(self, step: int) -> str:
         return os.path.join(self.path, str(step))
@@ -69,7 +72,7 @@ class RunDirectory:
     def _candidates(self) -> list[int]:
         try:
             names = os.listdir(self.path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return [int(name) for name in names if _STEP_NAME.fullmatch(name)]
 
@@ -102,15 +105,15 @@ class RunDirectory:
 
     def metrics(self, step: int) -> Mapping[str, Any]:
         """What was recorded at a step, by us or by Orbax; nothing where it cannot be read."""
-        if step not in self._metrics:
+        if step not in self.recorded:
             try:
                 metadata = self.metadata(step)
                 recorded = dict(metadata.metrics or metadata.custom_metadata.get("metrics") or {})
-                self._metrics[step] = recorded or self._orbax_metrics(step)
+                self.recorded[step] = recorded or self._orbax_metrics(step)
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                 _log.warning("the metrics of step %d cannot be read: %s", step, error)
                 return {}
-        return self._metrics[step]
+        return self.recorded[step]
 
     def _orbax_metrics(self, step: int) -> Mapping[str, Any]:
         try:
@@ -143,13 +146,16 @@ class RunDirectory:
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
         self._lock = commit.DirectoryLock(self.path)
+        self.is_locked = True
         for name in commit.remove_dead_temporaries(self.path):
             _log.info("removed %s, left in %s by a writer that died", name, self.path)
+        self.known = set(self.steps())
 
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+            self.is_locked = False
 
     def make_way(self, step: int) -> None:
         """Moves aside what is no checkpoint and is in the way of one: damaged steps, and a stray directory."""
@@ -161,19 +167,19 @@ class RunDirectory:
 
     def set_aside(self, step: int, label: str) -> None:
         """Renames a step to ``<step>.<label>``, where nobody takes it for a checkpoint and nobody deletes it."""
-        self._metrics.pop(step, None)
+        self._forget(step)
         if os.path.lexists(self.step_path(step)):
             aside = commit.move_aside(self.step_path(step), label)
             _log.warning("step %d was set aside as %s", step, aside)
 
     def remove(self, step: int) -> None:
         """Removes a step; a reader sees all of it or nothing."""
-        self._metrics.pop(step, None)
+        self._forget(step)
         commit.remove_tree(self.step_path(step))
 
-    def forget_metrics(self, step: int) -> None:
-        """After a step was written anew."""
-        self._metrics.pop(step, None)
+    def _forget(self, step: int) -> None:
+        self.known.discard(step)
+        self.recorded.pop(step, None)
 
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds metrics to a committed step; a crash in between leaves the old ones or the new ones."""
@@ -194,7 +200,7 @@ class RunDirectory:
         }
         changed[METADATA_FILE] = json.dumps(content).encode()
         self._replace_files(path, changed)
-        self._metrics[step] = merged
+        self.recorded[step] = merged
 
     def _replace_files(self, path: str, changed: Mapping[str, bytes]) -> None:
         # The checksums accept old and new while the files change one by one, then only the new ones.

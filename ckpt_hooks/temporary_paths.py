@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 import os
 import time
 from typing import Any, Self
@@ -30,7 +31,11 @@ __all__ = [
     "is_temporary",
 ]
 
-TREE_METADATA_FILE = "_METADATA"
+TREE_METADATA_FILE = "_METADATA"  # `tree.METADATA_FILE`, without loading JAX's part of the house
+
+_NEW_METADATA = StepMetadata().to_json()
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,7 @@ class TemporaryPath(abc.ABC):
         self._temporary = epath.Path(temporary_path)
         self._final = epath.Path(final_path)
         self._store = checkpoint_metadata_store
+        self._store_blocks = checkpoint_metadata_store is None or checkpoint_metadata_store.is_blocking_writer
         self._file_options = file_options or FileOptions()
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
         self._lock: commit.DirectoryLock | None = None
@@ -110,10 +116,10 @@ class TemporaryPath(abc.ABC):
         commit.make_directory(path, self._file_options.path_permission_mode)
         # While this lock is held, no other writer takes the directory for one that a dead process left.
         self._lock = commit.DirectoryLock(path)
-        if self._store is not None:
-            metadata = StepMetadata(init_timestamp_nsecs=time.time_ns())
-            self._store.write(self._temporary / METADATA_FILE, metadata.to_json())
         self._created = True
+        if self._store is not None:
+            fields = {**_NEW_METADATA, "init_timestamp_nsecs": time.time_ns()}
+            self._store.write(self._temporary / METADATA_FILE, fields)
         return self._temporary
 
     def join(self) -> epath.Path:
@@ -124,8 +130,19 @@ class TemporaryPath(abc.ABC):
     def discard(self) -> None:
         """Removes what a failed save has written, so that it does not keep a disk full."""
         if self._created:
+            self._settle_store()
             commit.remove_tree(os.fspath(self._temporary))
+            self._created = False
         self._release()
+
+    def _settle_store(self) -> None:
+        """A store that writes in the background must be done before its files are removed."""
+        if self._store is None:
+            return
+        try:
+            self._store.wait_until_finished()
+        except Exception as error:  # the save has failed already; this must not hide why
+            _log.warning("writing the metadata of %s failed: %s", self._final, error)
 
     def _remove_stale(self, path: str) -> None:
         commit.DirectoryLock(path).release()
@@ -139,7 +156,8 @@ class TemporaryPath(abc.ABC):
         """Commit time and checksums; whatever is written after this is not covered by them."""
         if self._store is not None:
             self._store.update(self._temporary / METADATA_FILE, commit_timestamp_nsecs=time.time_ns())
-            self._store.wait_until_finished()
+            if not self._store_blocks:
+                self._store.wait_until_finished()
         path = os.fspath(self._temporary)
         commit.write_file(os.path.join(path, FILE), FileChecksums.of_directory(path).encode())
 
@@ -167,7 +185,8 @@ class AtomicRenameTemporaryPath(TemporaryPath):
         commit.sync_tree(path)
         commit.publish(path, os.fspath(self._final), replace=self.replaces)
         self._created = False
-        self._release()
+        if self._lock is not None:
+            self._lock.release()
 
 
 class NestedTemporaryPath(AtomicRenameTemporaryPath):
@@ -199,7 +218,7 @@ class CommitFileTemporaryPath(TemporaryPath):
 
     def create(self) -> epath.Path:
         path = os.fspath(self._final)
-        if self.replaces and self.is_finalized(path):
+        if self.replaces and is_committed(path):
             self._replaced = commit.move_to_replaced(path)
         return super().create()
 
@@ -218,9 +237,11 @@ class CommitFileTemporaryPath(TemporaryPath):
             commit.remove_tree(self._replaced)
 
     def discard(self) -> None:
-        super().discard()
-        if self._replaced is not None:
-            commit.rename(self._replaced, os.fspath(self._final))
+        try:
+            super().discard()
+        finally:
+            if self._replaced is not None and os.path.lexists(self._replaced):
+                commit.rename(self._replaced, os.fspath(self._final))
 
 
 # ------------------------------------------------------------------ what is a checkpoint

@@ -20,6 +20,12 @@ from ckpt_hooks.errors import CorruptCheckpointError, NameCollisionError, Unsupp
 
 __all__ = ["Leaf", "LeafRecord", "flatten", "nearest", "nest", "records_from_json", "records_to_json"]
 
+# Orbax's files of a pytree item
+METADATA_FILE = "_METADATA"
+SHARDING_FILE = "_sharding"
+STRINGS_FILE = "_strings.json"
+ARRAY_METADATA_FOLDER = "array_metadatas"
+
 _SEQUENCE_KEY, _DICT_KEY = 1, 2  # Orbax's key types; attributes and named-tuple fields count as dict keys
 
 EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple"})

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import heapq
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError
 
@@ -48,33 +50,34 @@ class Triggers:
 
     def next_step(self, after: int) -> int:
         """The first step beyond `after` at which a checkpoint is due by the count of steps."""
-        due = NEVER
-        if self.every_n_steps is not None:
-            due = (after // self.every_n_steps + 1) * self.every_n_steps
+        return next(self.marks(after))
+
+    def marks(self, after: int) -> Iterator[int]:
+        """All those steps, ascending (one may come twice) and without end."""
         position = bisect.bisect_right(self.on_steps, after)
-        if position < len(self.on_steps):
-            due = min(due, self.on_steps[position])
-        return due
+        ends = (self.on_steps[position:], itertools.repeat(NEVER))
+        if self.every_n_steps is None:
+            return itertools.chain(*ends)
+        multiples = itertools.count((after // self.every_n_steps + 1) * self.every_n_steps, self.every_n_steps)
+        return heapq.merge(multiples, *ends) if ends[0] else multiples
 
     def next_secs(self, after_secs: float) -> float:
         """The time, on the clock of `after_secs`, at which a checkpoint is due by time."""
         return math.inf if self.every_secs is None else after_secs + self.every_secs
 
 
-def check_step(step: object, what: str = "step") -> int:
-    """A step as an int; TypeError for what is no integer, ValueError for a negative one.
+def check_step(step: object, what: str = "step, the number of updates that the state has seen,") -> int:
+    """A step, or another count, as an int; TypeError for what is no integer, ValueError for a negative one.
 
     >>> check_step(7)
     7
     """
     if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise InvalidArgumentTypeError(
-            f"{what} is the number of updates the state has seen, an int; got {step!r} ({type(step).__name__})"
-        )
+        raise InvalidArgumentTypeError(f"{what} is an int; got {step!r} ({type(step).__name__})")
     try:
         value = step.__index__()
     except TypeError as error:
         raise InvalidArgumentTypeError(f"{what} is one int; got {step!r}: {error}") from None
     if value < 0:
-        raise InvalidArgumentError(f"{what} counts updates and is not negative; got {value}")
+        raise InvalidArgumentError(f"{what} is not negative; got {value}")
     return int(value)

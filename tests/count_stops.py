@@ -58,7 +58,7 @@ def save_stops(directory: str) -> set[Code]:
     jax.block_until_ready(state)
     with CheckpointHook(directory, every_n_steps=1) as hook:
         for step in (1, 2):
-            hook(step, state)
+            hook(step, state, metrics={"loss": 0.5})
             hook.wait()
 
         def third() -> None:

@@ -123,8 +123,14 @@ def _stage_by_saving(handler: Any, args: Any) -> StagedSave:
 
     def write(directory: epath.Path) -> None:
         del directory
+        errors = []
         for future in futures:
-            future.result()
+            try:
+                future.result()
+            except Exception as error:  # the others must not write on into a directory that is being removed
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     return StagedSave(write=write, begin=begin)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
@@ -24,9 +25,11 @@ from ckpt_hooks.handlers.base import (
     get_handler_type,
     get_registered_args_cls,
     get_registered_handler_cls,
+    has_registered_args,
     recognize_handler,
     register_with_handler,
     stage_with,
+    typestr_of,
 )
 from ckpt_hooks.handlers.legacy import recorded_name, wrap_legacy
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler
@@ -139,8 +142,8 @@ class CompositeCheckpointHandler(CheckpointHandler):
             raise InvalidArgumentError("give a handler_registry, or items and handlers, not both")
         self._options = composite_options or CompositeOptions()
         self._registry = handler_registry
-        self._handlers: dict[str, Any] = {
-            name: None if handler is None else wrap_legacy(handler)
+        self._handlers: dict[str, _Handler | None] = {
+            name: None if handler is None else _Handler(wrap_legacy(handler))
             for name, handler in {**dict.fromkeys(item_names), **items_and_handlers}.items()
         }
         self._unfinished: dict[str, TemporaryPath] = {}
@@ -148,36 +151,39 @@ class CompositeCheckpointHandler(CheckpointHandler):
     # -------------------------------------------------------------- saving
 
     def stage(self, args: CompositeArgs) -> StagedSave:
-        staged = {name: self._stage_item(name, args[name]) for name in sorted(args)}
+        if not len(args):
+            raise InvalidArgumentError("an empty Composite: there are no items to save")
+        staged = {}
+        for name, item_args in sorted(args.items()):
+            handler = self._handlers.get(name)
+            if handler is None or type(item_args) not in handler.args_classes:
+                handler = self._pin(name, item_args)
+            try:
+                staged[name] = handler.stage(item_args)
+            except Exception as error:
+                error.add_note(f"while taking item {name!r}")
+                raise
+        begin = functools.partial(self._begin_items, staged)
+        write = functools.partial(self._write_items, staged)
+        return StagedSave(write, begin, sum([item.nbytes for item in staged.values()]))
 
-        def begin(directory: epath.Path) -> None:
-            self._unfinished = {name: self._item_path(directory, name) for name in staged}
-            for name, item in staged.items():
-                path = self._unfinished[name].create()
-                if item.begin is not None:
-                    item.begin(path)
-
-        def write(directory: epath.Path) -> None:
-            del directory
-            for name, item in staged.items():
-                item.write(self._unfinished[name].get())
-
-        return StagedSave(write, begin, sum(item.nbytes for item in staged.values()))
-
-    def _stage_item(self, name: str, args: Any) -> StagedSave:
-        if not name or "/" in name or name in (".", "..") or is_temporary(name):
-            raise InvalidArgumentError(f"{name!r} cannot be an item's name: it names a directory of its own")
-        if args is None:
-            raise InvalidArgumentError(f"item {name!r}: nothing to save was given (None)")
-        if not isinstance(args, CheckpointArgs):
-            raise InvalidArgumentTypeError(
-                f"item {name!r}: wrap the value in an args class, such as args.StandardSave(x); got {type(args)}"
+    def _begin_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
+        self._unfinished = {}
+        for name, item in staged.items():
+            temporary = self._options.temporary_path_class.from_final(
+                directory / name,
+                file_options=self._options.file_options,
+                multiprocessing_options=self._options.multiprocessing_options,
             )
-        try:
-            return stage_with(self._handler_for(name, args), args)
-        except Exception as error:
-            error.add_note(f"while taking item {name!r}")
-            raise
+            path = temporary.create()
+            self._unfinished[name] = temporary
+            if item.begin is not None:
+                item.begin(path)
+
+    def _write_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
+        del directory
+        for name, item in staged.items():
+            item.write(self._unfinished[name].get())
 
     def save(self, directory: epath.Path, args: CompositeArgs) -> None:
         staged = self.stage(args)
@@ -185,21 +191,22 @@ class CompositeCheckpointHandler(CheckpointHandler):
         staged.begin(directory)
         staged.write(directory)
 
-    def _item_path(self, directory: epath.Path, name: str) -> TemporaryPath:
-        return self._options.temporary_path_class.from_final(
-            directory / name,
-            file_options=self._options.file_options,
-            multiprocessing_options=self._options.multiprocessing_options,
-        )
-
     def finalize(self, directory: epath.Path) -> None:
         """Commits the items one after another, each with its own marker."""
         if not self._unfinished:
             raise InvalidArgumentError("finalize() called before any items were saved")
         unfinished, self._unfinished = self._unfinished, {}
         for name, path in unfinished.items():
-            self._handlers[name].finalize(path.get())
+            handler = self._handlers[name]
+            assert handler is not None, "what was staged is pinned"
+            if handler.finalize is not None:
+                handler.finalize(path.get())
             path.finalize()
+
+    def item_handler_names(self) -> dict[str, str]:
+        """{item: the name by which its handler is recorded} of the items that are being saved."""
+        handlers = [(name, self._handlers[name]) for name in self._unfinished]
+        return {name: handler.recorded_name for name, handler in handlers if handler is not None}
 
     # -------------------------------------------------------------- restoring
 
@@ -223,9 +230,8 @@ class CompositeCheckpointHandler(CheckpointHandler):
     def _restore_item(self, path: epath.Path, args: Any, recorded: str | None, asked: bool) -> Any:
         name = path.name
         if args is None:
-            handler = self._handlers.get(name)
-            if handler is None:
-                handler = self._handler_on_disk(path, recorded, asked)
+            pinned = self._handlers.get(name)
+            handler = pinned.handler if pinned else self._handler_on_disk(path, recorded, asked)
             _, restore_cls = get_registered_args_cls(handler)
             try:
                 args = restore_cls()
@@ -236,7 +242,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         elif not isinstance(args, CheckpointArgs):
             raise InvalidArgumentTypeError(f"item {name!r}: wrap the target in an args class; got {type(args)}")
         else:
-            handler = self._handler_for(name, args)
+            handler = self._pin(name, args).handler
         try:
             return handler.restore(path, args=args)
         except CheckpointNotFoundError as error:
@@ -262,43 +268,45 @@ class CompositeCheckpointHandler(CheckpointHandler):
 
     def _item_metadata(self, path: epath.Path, recorded: str | None) -> Any:
         try:
-            return (self._handlers.get(path.name) or self._handler_on_disk(path, recorded, False)).metadata(path)
+            pinned = self._handlers.get(path.name)
+            handler = pinned.handler if pinned else self._handler_on_disk(path, recorded, False)
+            return handler.metadata(path)
         except (InvalidArgumentError, NotImplementedError):
             return None
 
     # -------------------------------------------------------------- handlers
 
-    def _handler_for(self, name: str, args: CheckpointArgs) -> Any:
-        handler = self._handlers.get(name)
-        if handler is None:
-            handler = self._new_handler(name, args)
-            self._handlers[name] = handler
-        if type(args) not in _args_classes(handler) and not self._registry_has(name, args):
+    def _pin(self, name: str, args: Any) -> _Handler:
+        """The handler of an item, checked and, at its first use, chosen."""
+        _check_item(name, args)
+        pinned = self._handlers.get(name)
+        registered = self._registered_handler(name, args)  # for these very args, so it goes before what is pinned
+        if pinned is None or registered not in (None, pinned.handler):
+            handler = registered or build_handler(get_registered_handler_cls(args))
+            pinned = self._handlers[name] = _Handler(handler)
+        if registered is None and type(args) not in pinned.args_classes:
             raise InvalidArgumentError(
                 f"item {name!r}: {type(args).__qualname__} does not match with any registered handler; the item is "
-                f"handled by {type(handler).__qualname__}"
+                f"handled by {type(pinned.handler).__qualname__}"
             )
-        return handler
+        return pinned
 
-    def _registry_has(self, name: str, args: CheckpointArgs) -> bool:
-        return self._registry is not None and (self._registry.has(name, args) or self._registry.has(None, args))
-
-    def _new_handler(self, name: str, args: CheckpointArgs) -> Any:
-        if self._registry is not None:
-            try:
-                return self._registry.get(name, args)
-            except HandlerNotFoundError:
-                pass  # the registry may be silent about an item that the args class itself has a handler for
-        return build_handler(get_registered_handler_cls(args))
+    def _registered_handler(self, name: str, args: CheckpointArgs) -> Any:
+        if self._registry is None:
+            return None
+        try:
+            return self._registry.get(name, args)
+        except HandlerNotFoundError:
+            return None  # the args class itself may have a handler
 
     def _handler_on_disk(self, path: epath.Path, recorded: str | None, asked: bool) -> Any:
-        """The handler of an item that nobody named one for: by the registry, its files, or its recorded name."""
+        """The handler of an item that nobody named one for: by the registry, its recorded name, or its files."""
         if self._registry is not None:
             for (name, _), handler in self._registry.get_all_entries().items():
                 if name == path.name:
                     return handler
         recognized = recognize_handler(os.fspath(path))
-        if recognized is not None:
+        if recognized is not None and not _is_known(recorded, besides=recognized):
             return build_handler(recognized)
         if asked and path.name not in self._handlers and recorded is None:
             raise InvalidArgumentError(f"item {path.name!r}: give its args, since its handler is not known")
@@ -310,18 +318,44 @@ class CompositeCheckpointHandler(CheckpointHandler):
                 "Name its args, or give a handler registry."
             ) from error
 
-    def item_handler_names(self) -> dict[str, str]:
-        """{item: the name by which its handler is recorded} of the items saved last."""
-        return {name: recorded_name(self._handlers[name]) for name in self._unfinished}
-
     def close(self) -> None:
-        for handler in self._handlers.values():
-            if handler is not None:
-                handler.close()
+        for pinned in self._handlers.values():
+            if pinned is not None:
+                pinned.handler.close()
 
 
-def _args_classes(handler: Any) -> tuple[type[CheckpointArgs], ...]:
-    return get_registered_args_cls(handler)
+class _Handler:
+    """A handler with what every save asks of it, looked up once."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+        self.stage = getattr(handler, "stage", None) or functools.partial(stage_with, handler)
+        self.args_classes = get_registered_args_cls(handler) if has_registered_args(handler) else ()
+        self.recorded_name = recorded_name(handler)
+        inherited = getattr(type(handler), "finalize", None) is CheckpointHandler.finalize
+        self.finalize = None if inherited else getattr(handler, "finalize", None)
+
+
+def _is_known(recorded: str | None, *, besides: type) -> bool:
+    """Whether a recorded name is of a registered handler, and not one by which `besides` records itself too."""
+    if recorded is None or recorded == typestr_of(besides, recorded=True):
+        return False
+    try:
+        get_handler_type(recorded)
+    except HandlerNotFoundError:
+        return False
+    return True
+
+
+def _check_item(name: str, args: Any) -> None:
+    if not name or "/" in name or name in (".", "..") or is_temporary(name):
+        raise InvalidArgumentError(f"{name!r} cannot be an item's name: it names a directory of its own")
+    if args is None:
+        raise InvalidArgumentError(f"item {name!r}: nothing to save was given (None)")
+    if not isinstance(args, CheckpointArgs):
+        raise InvalidArgumentTypeError(
+            f"item {name!r}: wrap the value in an args class, such as args.StandardSave(x); got {type(args)}"
+        )
 
 
 def _item_directories(directory: epath.Path) -> list[str]:

@@ -136,7 +136,7 @@ def _encode(value: Any, where: str) -> Any:
             return {"$dict": pairs}
         case list():
             return [_encode(element, f"{where}[{i}]") for i, element in enumerate(value)]
-        case tuple():
+        case tuple() if not hasattr(value, "_fields"):  # a named tuple would come back as a plain one
             return {"$tuple": [_encode(element, f"{where}[{i}]") for i, element in enumerate(value)]}
     raise NotSerializableError(
         f"{where} holds a {type(value).__module__}.{type(value).__qualname__}; the state of an iterator is made of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Any
@@ -26,6 +27,7 @@ class JsonCheckpointHandler(CheckpointHandler):
 
     def __init__(self, filename: str = "metadata") -> None:
         self._filename = filename
+        self._is_primary = index() == 0
 
     def stage(self, args: JsonSaveArgs) -> StagedSave:
         try:
@@ -33,11 +35,11 @@ class JsonCheckpointHandler(CheckpointHandler):
         except (TypeError, ValueError) as error:
             raise NotSerializableError(f"this JSON item cannot be saved: {error}") from error
 
-        def write(directory: epath.Path) -> None:
-            if index() == 0:
-                commit.write_file(os.path.join(directory, self._filename), text)
+        return StagedSave(functools.partial(self._write, text), nbytes=len(text))
 
-        return StagedSave(write, nbytes=len(text))
+    def _write(self, text: str, directory: epath.Path) -> None:
+        if self._is_primary:
+            commit.write_file(os.path.join(directory, self._filename), text)
 
     def save(self, directory: epath.Path, args: JsonSaveArgs) -> None:
         self.stage(args).write(directory)

@@ -35,6 +35,8 @@ class LegacyHandler(CheckpointHandler):
         return StagedSave(write=lambda directory: None, begin=lambda directory: self.save(directory, args))
 
     def metadata(self, directory: epath.Path) -> Any:
+        if not hasattr(self.wrapped, "metadata"):
+            raise NotImplementedError(f"{type(self.wrapped).__name__} describes no metadata")
         return self.wrapped.metadata(directory)
 
     def finalize(self, directory: epath.Path) -> None:

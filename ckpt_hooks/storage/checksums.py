@@ -38,6 +38,7 @@ __all__ = ["ARRAY_FILE", "FILE", "ArrayChecksums", "FileChecksums", "digest"]
 
 FILE = "_CHECKSUMS"
 ARRAY_FILE = "_ARRAY_CHECKSUMS"
+DATA_FOLDER = "d"
 PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
 COMMIT_MARKER = "commit_success.txt"
 _TITLE = "ckpt_hooks checksums 1"
@@ -176,7 +177,9 @@ class FileChecksums:
 
     def accepting(self, changed: Mapping[str, bytes]) -> FileChecksums:
         """These checksums, with the new content of some files accepted beside the old one."""
-        added = {path: (*self.files.get(path, ()), _digest_of(data)) for path, data in changed.items()}
+        # A file that is new is in none of the two until it is there: a listed file that is missing is damage.
+        known = {path: data for path, data in changed.items() if path in self.files}
+        added = {path: (*self.files[path], _digest_of(data)) for path, data in known.items()}
         return FileChecksums({**self.files, **added})
 
     def replacing(self, changed: Mapping[str, bytes]) -> FileChecksums:
@@ -246,12 +249,12 @@ def _file_digest(path: str) -> Digest:
 
 
 def _uncovered(directory: str) -> Iterator[str]:
-    covered = {FILE}
-    for folder, _, names in os.walk(directory):  # top-down: an item's table comes before its data files
-        inside = os.path.relpath(folder, directory)
-        here = "" if inside == "." else f"{inside}/"
+    for folder, folders, names in os.walk(directory):
         if ARRAY_FILE in names:
-            with open(os.path.join(folder, ARRAY_FILE), "rb") as file:
-                covered.update(here + name for name in ArrayChecksums.decode(file.read()).files)
-        # What a commit marker says is nowhere trusted, so a damaged one does no harm.
-        yield from (here + name for name in names if here + name not in covered and name != COMMIT_MARKER)
+            folders.remove(DATA_FOLDER)  # the array table covers its files; os.walk does not go there now
+        here = folder[len(directory) + 1 :]
+        for name in names:
+            # What a commit marker says is nowhere trusted, so a damaged one does no harm.
+            path = f"{here}/{name}" if here else name
+            if path != FILE and name != COMMIT_MARKER:
+                yield path

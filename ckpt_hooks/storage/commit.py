@@ -92,11 +92,6 @@ def replace_file(path: str, data: bytes | str, *, durable: bool = True) -> None:
         sync_directory(os.path.dirname(path))
 
 
-def rename(path: str, new: str) -> None:
-    """Renames inside a directory that `sync_tree` will make durable."""
-    os.rename(path, new)
-
-
 def require_free_bytes(directory: str, needed_bytes: int) -> None:
     """Raises DiskFullError where the file system of `directory` has less than `needed_bytes` free."""
     folder = directory
@@ -128,19 +123,23 @@ def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
             except BaseException as error:
                 errors.append(error)
 
-    threads = []
+    def work_until(done: threading.Event) -> None:
+        work()
+        done.set()
+
+    ends = []
     for _ in range(num_threads - 1):
-        thread = threading.Thread(target=work, name="ckpt_hooks-io")
+        end = threading.Event()
         try:
-            thread.start()
+            threading.Thread(target=work_until, args=(end,), name="ckpt_hooks-io").start()
         except RuntimeError:  # the interpreter is ending: a save in flight commits all the same, more slowly
             break
-        threads.append(thread)
+        ends.append(end)
     work()
-    for thread in threads:
-        while thread.is_alive():
+    for end in ends:
+        while not end.is_set():  # not join(), which in Python 3.11 takes a thread for ended if Ctrl-C interrupts it
             try:
-                thread.join()
+                end.wait()
             except BaseException as error:  # Ctrl-C: no thread may outlive the file that it writes to
                 errors.append(error)
     if errors:
@@ -148,11 +147,6 @@ def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
 
 
 # ------------------------------------------------------------------ durability
-
-
-def sync_directory(path: str) -> None:
-    """Makes the names in a directory durable: without it a power cut may undo a rename."""
-    sync_file(path)
 
 
 def sync_tree(directory: str) -> None:
@@ -174,23 +168,44 @@ def sync_file(path: str) -> None:
         os.close(descriptor)
 
 
+# Makes the names in a directory durable: without it a power cut may undo a rename.
+sync_directory = sync_file
+
+# Renames inside a directory that `sync_tree` will make durable.
+rename = os.rename
+
+
 def publish(temporary: str, final: str, *, replace: bool = False) -> None:
     """The commit: `temporary`, whole and durable, becomes `final`.
 
     With `replace`, a checkpoint that is there already stays until the new one has taken its place, and is
-    removed after that.
+    removed after that. Where this raises, all is as it was before.
     """
-    if replace and os.path.lexists(final):
-        if _exchange(temporary, final):
+    with contextlib.ExitStack() as undo:
+        old = None
+        if not replace or not os.path.lexists(final):
+            os.rename(temporary, final)
+            undo.callback(os.rename, final, temporary)
+        elif _exchange(temporary, final):
             old = temporary
+            undo.callback(_exchange, temporary, final)
         else:
             old = move_to_replaced(final)  # a crash after this: remove_dead_temporaries() puts it back
+            undo.callback(os.rename, old, final)
             os.rename(temporary, final)
+            undo.callback(os.rename, final, temporary)
         sync_directory(os.path.dirname(final))
+        undo.pop_all()  # from here on the new one is the checkpoint
+    if old is not None:
+        _remove_replaced(old)
+
+
+def _remove_replaced(old: str) -> None:
+    try:
         remove_tree(old)
-    else:
-        os.rename(temporary, final)
-        sync_directory(os.path.dirname(final))
+    except OSError as error:
+        # What is left behind does not make the new checkpoint a failure.
+        _log.warning("cannot remove %s, which has been replaced: %s", old, error)
 
 
 def move_to_replaced(final: str) -> str:

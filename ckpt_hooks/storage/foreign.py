@@ -45,8 +45,8 @@ class ForeignArrays:
     def info(self, name: str) -> ArrayInfo:
         """Shape, dtype and chunks of an array."""
         store = self._stores[name]
-        chunk_shape = tuple(store.chunk_layout.read_chunk.shape)
-        return ArrayInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), chunk_shape)
+        chunk_shape = store.chunk_layout.read_chunk.shape or ()  # tensorstore has None for an array without axes
+        return ArrayInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), tuple(chunk_shape))
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The arrays of these names."""

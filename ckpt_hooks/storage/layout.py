@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ckpt_hooks.storage import ocdbt
+from ckpt_hooks.storage.checksums import DATA_FOLDER
 
-__all__ = ["ArraySpec", "ChunkId", "Layout", "Segment", "data_file_name", "zarr_dtype"]
+__all__ = ["ArraySpec", "ChunkId", "IndexNode", "Layout", "Segment", "data_file_name", "zarr_dtype"]
 
 ALIGNMENT_BYTES = 64
 _NODE_ENTRIES = 1 << 16  # keys in one leaf node of the index
@@ -79,7 +80,7 @@ def zarr_dtype(dtype: np.dtype) -> str:
 
 def data_file_name(process: int) -> str:
     """The data file of a process, relative to the item."""
-    return f"d/{process:032x}"
+    return f"{DATA_FOLDER}/{process:032x}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,46 +93,45 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LeafNode:
-    """A leaf of the index: bytes that never change, and between them the chunks that stand inline."""
+class IndexNode:
+    """A node of the index: bytes that never change, and between them the chunks that stand inline.
 
+    Its CRC-32C is still to come.
+    """
+
+    offset: int
     parts: tuple[bytes | ChunkId, ...]
-    child: ocdbt.Child
-
-    def encode(self, chunks: Mapping[ChunkId, memoryview]) -> bytes:
-        return ocdbt.seal_node([part if isinstance(part, bytes) else chunks[part] for part in self.parts])
 
 
 class Layout:
     """The files of one item.
 
     Attributes:
+      data_files: per process, the name of its data file.
       segments: per process, its chunks in its data file, in the order of their offsets.
-      inline: the chunks that stand in the index.
       data_nbytes: per process, the size of its data file.
-      root: where the root of the index is, for the manifest.
+      index: the nodes of the index, which are in the data file of process 0, in the order of their offsets.
+      manifest: the template of the manifest (`ocdbt.manifest_template`).
     """
 
     def __init__(self, arrays: Sequence[ArraySpec], num_processes: int = 1) -> None:
-        self.inline: list[ChunkId] = []
         self.segments: list[list[Segment]] = [[] for _ in range(num_processes)]
         self.data_nbytes = [0] * num_processes
+        self.data_files = [data_file_name(process) for process in range(num_processes)]
         values: list[tuple[bytes, int, bytes | ChunkId | tuple[int, int]]] = []
         for number, array in enumerate(arrays):
             metadata = array.metadata()
             values.append((array.key(".zarray"), len(metadata), metadata))
             values += self._place(number, array)
         values.sort(key=lambda value: value[0])
-        self._leaves: list[_LeafNode] = []
-        self._interior: list[tuple[int, bytes]] = []  # (offset, encoded), the root last
-        self.root = self._index(values)
+        self.index: list[IndexNode] = []
+        self.manifest = ocdbt.manifest_template(self._build_index(values))
 
     def _place(self, number: int, array: ArraySpec) -> Iterator[tuple[bytes, int, bytes | ChunkId | tuple[int, int]]]:
         nbytes = array.chunk_nbytes
         for chunk, (position, owner) in enumerate(zip(array.grid, array.owners, strict=True)):
             key = array.key(".".join(map(str, position)) or "0")
             if owner == 0 and nbytes <= ocdbt.MAX_INLINE_VALUE_BYTES:
-                self.inline.append((number, chunk))
                 yield key, nbytes, (number, chunk)
                 continue
             offset = _align(self.data_nbytes[owner])
@@ -139,17 +139,16 @@ class Layout:
             self.segments[owner].append(Segment((number, chunk), offset, nbytes))
             yield key, nbytes, _Outside((owner, offset))
 
-    def _index(self, values: Sequence[tuple[bytes, int, object]]) -> ocdbt.Root:
-        for start in range(0, max(1, len(values)), _NODE_ENTRIES):
-            self._leaves.append(self._leaf(values[start : start + _NODE_ENTRIES]))
-        children, height = [leaf.child for leaf in self._leaves], 0
+    def _build_index(self, values: Sequence[tuple[bytes, int, object]]) -> ocdbt.Root:
+        starts = range(0, max(1, len(values)), _NODE_ENTRIES)
+        children, height = [self._leaf(values[start : start + _NODE_ENTRIES]) for start in starts], 0
         while len(children) > 1:
             height += 1
             groups = [children[i : i + _NODE_ENTRIES] for i in range(0, len(children), _NODE_ENTRIES)]
             children = [self._interior_node(height, group) for group in groups]
         return ocdbt.Root(children[0], height)
 
-    def _leaf(self, values: Sequence[tuple[bytes, int, object]]) -> _LeafNode:
+    def _leaf(self, values: Sequence[tuple[bytes, int, object]]) -> ocdbt.Child:
         owners = sorted({value[0] for _, _, value in values if isinstance(value, _Outside)})
         prefix = ocdbt.node_prefix(
             [key for key, _, _ in values],
@@ -157,52 +156,40 @@ class Layout:
             [data_file_name(owner) for owner in owners],
             [(owners.index(value[0]), value[1]) if isinstance(value, _Outside) else None for _, _, value in values],
         )
-        parts: list[bytes | ChunkId] = [prefix]
-        constant: list[bytes] = []
+        inline_nbytes = sum(nbytes for _, nbytes, value in values if not isinstance(value, _Outside))
+        parts: list[bytes | ChunkId] = []
+        constant = [ocdbt.node_header(len(prefix) + inline_nbytes), prefix]
         for _, _, value in values:
             if isinstance(value, bytes):
                 constant.append(value)
             elif isinstance(value, tuple) and not isinstance(value, _Outside):
-                parts += [b"".join(constant), value]  # chunks of constant bytes are joined once, here
+                parts += [b"".join(constant), value]  # bytes that never change are joined once, here
                 constant = []
         parts.append(b"".join(constant))
-        inline_nbytes = sum(nbytes for _, nbytes, value in values if not isinstance(value, _Outside))
-        outside_nbytes = sum(nbytes for _, nbytes, value in values if isinstance(value, _Outside))
         nbytes = ocdbt.node_nbytes(len(prefix) + inline_nbytes)
+        outside_nbytes = sum(nbytes for _, nbytes, value in values if isinstance(value, _Outside))
         first_key = values[0][0] if values else b""
-        return _LeafNode(
-            tuple(parts),
-            ocdbt.Child(
-                first_key, data_file_name(0), self._append(nbytes), nbytes, len(values), nbytes, outside_nbytes
-            ),
-        )
+        offset = self._append_node(nbytes, parts)
+        return ocdbt.Child(first_key, data_file_name(0), offset, nbytes, len(values), nbytes, outside_nbytes)
 
     def _interior_node(self, height: int, children: Sequence[ocdbt.Child]) -> ocdbt.Child:
-        encoded = ocdbt.seal_node([ocdbt.interior_prefix(height, children)])
-        offset = self._append(len(encoded))
-        self._interior.append((offset, encoded))
+        body = ocdbt.interior_prefix(height, children)
+        nbytes = ocdbt.node_nbytes(len(body))
         return ocdbt.Child(
             children[0].first_key,
             data_file_name(0),
-            offset,
-            len(encoded),
+            self._append_node(nbytes, [ocdbt.node_header(len(body)) + body]),
+            nbytes,
             sum(child.num_keys for child in children),
-            len(encoded) + sum(child.tree_nbytes for child in children),
+            nbytes + sum(child.tree_nbytes for child in children),
             sum(child.indirect_nbytes for child in children),
         )
 
-    def _append(self, nbytes: int) -> int:
+    def _append_node(self, nbytes: int, parts: Sequence[bytes | ChunkId]) -> int:
         offset = _align(self.data_nbytes[0])
         self.data_nbytes[0] = offset + nbytes
+        self.index.append(IndexNode(offset, tuple(parts)))
         return offset
-
-    def index_nodes(self, chunks: Mapping[ChunkId, memoryview]) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of every node of the index, for process 0's data file.
-
-        `chunks` has at least the content of the chunks in `inline`.
-        """
-        leaves = [(leaf.child.offset, leaf.encode(chunks)) for leaf in self._leaves]
-        return leaves + self._interior
 
 
 class _Outside(tuple[int, int]):

@@ -29,7 +29,16 @@ import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError
 
-__all__ = ["Child", "Entry", "Node", "Root", "decode_manifest", "decode_node", "encode_manifest", "node_prefix"]
+__all__ = [
+    "Child",
+    "Entry",
+    "Node",
+    "Root",
+    "decode_manifest",
+    "decode_node",
+    "manifest_template",
+    "node_prefix",
+]
 
 _NODE_MAGIC = 0x0CDB20DE
 _MANIFEST_MAGIC = 0x0CDB3A2A
@@ -37,6 +46,9 @@ _OUTER_HEADER = struct.Struct("<4sQBB")  # magic (big-endian on disk), length, v
 _CRC_NBYTES = 4
 MAX_INLINE_VALUE_BYTES = 1024  # Orbax's setting, recorded in the manifest
 _MAX_DECODED_NODE_BYTES = 100_000_000  # likewise
+
+MANIFEST_UUID = slice(_OUTER_HEADER.size, _OUTER_HEADER.size + 16)
+MANIFEST_TIME = slice(-9, -1)
 
 U64 = npt.NDArray[np.uint64]
 
@@ -229,17 +241,21 @@ def node_nbytes(body_nbytes: int) -> int:
     return _OUTER_HEADER.size + body_nbytes + _CRC_NBYTES
 
 
-def seal_node(body: Sequence[bytes | memoryview]) -> bytes:
-    """Length, body and CRC-32C: a node ready to be written."""
-    return _seal(_NODE_MAGIC, body)
+def node_header(body_nbytes: int) -> bytes:
+    """What stands before the body of a node, of which the CRC-32C of header and body comes last."""
+    return _OUTER_HEADER.pack(_NODE_MAGIC.to_bytes(4, "big"), node_nbytes(body_nbytes), 0, 0)
 
 
-def encode_manifest(root: Root, uuid: bytes, commit_time_nsecs: int) -> bytes:
-    """The manifest of a database with one version."""
+def manifest_template(root: Root) -> bytes:
+    """The manifest of a database with one version, but for its uuid, its commit time and its checksum.
+
+    The uuid belongs at MANIFEST_UUID, the commit time, a uint64le in nanoseconds, at MANIFEST_TIME, and the
+    CRC-32C behind it all; everything else depends only on the structure.
+    """
     child = root.child
     config = b"".join(
         (
-            uuid,
+            bytes(16),  # uuid
             varint(0),  # one manifest file
             varint(MAX_INLINE_VALUE_BYTES),
             varint(_MAX_DECODED_NODE_BYTES),
@@ -259,18 +275,16 @@ def encode_manifest(root: Root, uuid: bytes, commit_time_nsecs: int) -> bytes:
             varint(child.num_keys),
             varint(child.tree_nbytes),
             varint(child.indirect_nbytes),
-            struct.pack("<Q", commit_time_nsecs),
+            bytes(8),  # commit time
             varint(0),  # no older versions
         )
     )
-    return _seal(_MANIFEST_MAGIC, (config, _file_table([child.file]), version))
+    return _with_header(_MANIFEST_MAGIC, (config, _file_table([child.file]), version))
 
 
-def _seal(magic: int, body: Sequence[bytes | memoryview]) -> bytes:
+def _with_header(magic: int, body: Sequence[bytes]) -> bytes:
     length = _OUTER_HEADER.size + sum(len(part) for part in body) + _CRC_NBYTES
-    head = _OUTER_HEADER.pack(magic.to_bytes(4, "big"), length, 0, 0)
-    encoded = b"".join((head, *body))
-    return encoded + struct.pack("<I", google_crc32c.value(encoded))
+    return b"".join((_OUTER_HEADER.pack(magic.to_bytes(4, "big"), length, 0, 0), *body))
 
 
 # ------------------------------------------------------------------ decoding

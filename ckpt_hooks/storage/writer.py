@@ -5,14 +5,21 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
+import google_crc32c
 import numpy as np
 
-from ckpt_hooks.storage.checksums import PIECE, Pieces, digest
+from ckpt_hooks.storage import ocdbt
+from ckpt_hooks.storage.checksums import ARRAY_FILE, PIECE, ArrayChecksums, Pieces, digest
 from ckpt_hooks.storage.commit import run_parallel
+from ckpt_hooks.storage.layout import ChunkId, Layout
 
-__all__ = ["write_data_file"]
+__all__ = ["write_arrays"]
+
+MANIFEST_FILE = "manifest.ocdbt"
 
 BLOCK_BYTES = 16 << 20  # one write; also the longest piece with a checksum of its own
 _BLOCK_PARTS = 400  # half of IOV_MAX (1024), with a gap between any two parts
@@ -22,27 +29,49 @@ _ZEROS = bytes(64)
 Part = tuple[int, memoryview]  # (offset in the file, content)
 
 
-def write_data_file(path: str, parts: Sequence[Part], nbytes: int) -> Pieces:
-    """Writes `parts`, in the order of their offsets, into a new file of `nbytes`; returns their checksums.
+def write_arrays(
+    directory: str, layout: Layout, chunks: Mapping[ChunkId, memoryview], process: int
+) -> dict[str, bytes]:
+    """Writes the data file of one process; returns the small files that go with it, {name: content}.
 
-    The file is durable only after `commit.sync_tree`.
+    Neither is durable before `commit.sync_tree`.
     """
+    parts = [(segment.offset, chunks[segment.chunk]) for segment in layout.segments[process]]
+    files = {}
+    if process == 0:
+        for node in layout.index:
+            encoded = b"".join([part if isinstance(part, bytes) else chunks[part] for part in node.parts])
+            parts.append((node.offset, memoryview(encoded + _crc32c(encoded))))
+        manifest = bytearray(layout.manifest)
+        manifest[ocdbt.MANIFEST_UUID] = os.urandom(16)
+        manifest[ocdbt.MANIFEST_TIME] = time.time_ns().to_bytes(8, "little")
+        files[MANIFEST_FILE] = bytes(manifest) + _crc32c(manifest)
+    name, nbytes = layout.data_files[process], layout.data_nbytes[process]
+    pieces = _write_data_file(os.path.join(directory, name), parts, nbytes)
+    files[ARRAY_FILE] = ArrayChecksums({name: (pieces, nbytes)}).encode()
+    return files
+
+
+def _write_data_file(path: str, parts: Sequence[Part], nbytes: int) -> Pieces:
+    """Writes `parts`, in the order of their offsets, into a new file of `nbytes`; returns their checksums."""
     blocks = list(_blocks(parts))
     pieces = np.zeros(sum(len(block) for block in blocks), PIECE)
     starts = np.cumsum([0, *(len(block) for block in blocks)])
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         _preallocate(descriptor, nbytes)
-        run_parallel(
-            [
-                functools.partial(_write_block, descriptor, block, pieces[start : start + len(block)])
-                for block, start in zip(blocks, starts, strict=False)
-            ],
-            _THREADS,
-        )
+        tasks = [
+            functools.partial(_write_block, descriptor, block, pieces[start : start + len(block)])
+            for block, start in zip(blocks, starts, strict=False)
+        ]
+        run_parallel(tasks, _THREADS if nbytes > BLOCK_BYTES else 1)
     finally:
         os.close(descriptor)
     return pieces
+
+
+def _crc32c(encoded: bytes | bytearray) -> bytes:
+    return struct.pack("<I", google_crc32c.value(bytes(encoded)))
 
 
 def _blocks(parts: Sequence[Part]) -> Iterator[list[Part]]:
