@@ -1,0 +1,16 @@
+"""The way of a state to the disk is short, and stays so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.count_stops import save_stops
+
+
+def test_a_save_passes_few_files_and_functions(tmp_path: Path) -> None:
+    """A save of three small items passes at most 12 files and 80 functions of the library."""
+    stops = save_stops(str(tmp_path))
+    files = {file for file, _ in stops}
+    assert {"hook.py", "handlers/pytree.py", "storage/writer.py", "storage/commit.py"} <= files, "both threads are seen"
+    assert len(files) <= 12, sorted(files)
+    assert len(stops) <= 80, sorted(stops)
