@@ -17,6 +17,7 @@ from ckpt_hooks.errors import Preempted
 from ckpt_hooks.handlers.base import (
     CheckpointArgs,
     CheckpointHandler,
+    StagedSave,
     construct_checkpoint_args,
     register_with_handler,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "MetadataStore",
     "MultiprocessingOptions",
     "Preempted",
+    "StagedSave",
     "StandardCheckpointHandler",
     "StepMetadata",
     "TemporaryPath",

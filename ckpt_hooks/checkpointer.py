@@ -175,7 +175,8 @@ class Checkpointer:
         try:
             self._complete(save, "save", "finalize")
         except BaseException as error:
-            raise self._failed(save, error) from error.__cause__
+            failure = self._failed(save, error)
+            raise failure from error if failure is not error else error.__cause__
 
     def _begin(
         self,
@@ -209,7 +210,8 @@ class Checkpointer:
             events.record_scalar(events.WRITE_BYTES, staged.nbytes)
             events.record_duration_secs(events.WRITE_DIRECTORY_SECS, time.perf_counter() - staged_secs)
         except BaseException as error:
-            raise self._failed(save, error) from error.__cause__
+            failure = self._failed(save, error)
+            raise failure from error if failure is not error else error.__cause__
         return save
 
     def _create(self, temporary: TemporaryPath, final: epath.Path, nbytes: int, operation: int) -> None:
@@ -262,10 +264,7 @@ class Checkpointer:
         _log.error("saving %s failed: %s: %s", save.final, type(error).__name__, error)
         if not isinstance(error, OSError):
             return error
-        explained = explain_os_error(error, f"saving {save.final}")
-        if explained is not error:
-            explained.__cause__ = error
-        return explained
+        return explain_os_error(error, f"saving {save.final}")
 
     def _check_destination(self, final: epath.Path, *, force: bool) -> None:
         if not os.path.isdir(final):

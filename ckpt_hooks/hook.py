@@ -136,14 +136,13 @@ class CheckpointHook:
         if type(step) is not int or step < 0:
             step = check_step(step)
         if step <= self._last_step:
-            self._follow(step - 1)  # the loop went back
+            # The loop went back, or begins with the step that was restored, or repeats the one that it saved.
+            self._follow(step if step == self._saved_step else step - 1)
         self._last_step = step
         if self._checkpointer.failure is not None:
             self._raise_or_warn()
         if self._notice.received or (self._asks_runtime and self._preempted_at(step)):
             return self._leave(step, state, metrics, metadata, items)
-        if step == self._saved_step:
-            return False  # a loop that begins with the step that was restored, or ends with one already saved
         if step < self._next_step and not (self._watches_time and self._is_time(step)):
             return False
         return self._save(step, state, metrics, metadata, items)
@@ -156,8 +155,10 @@ class CheckpointHook:
 
     def _save(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
         # Before the save: one that fails is tried again at the next trigger, not at the next step.
-        while self._next_step <= step:
+        if self._next_step <= step:
             self._next_step = next(self._marks)
+            if self._next_step <= step:
+                self._follow(step)  # the loop jumped over more than one mark
         if self._watches_time:
             self._next_secs = self._triggers.next_secs(time.monotonic())
         try:
@@ -256,9 +257,7 @@ class CheckpointHook:
 
     def _preempted_at(self, step: int) -> bool:
         """Whether the runtime says so; every process has to ask at every step, and all are told at the same one."""
-        from jax.experimental import multihost_utils
-
-        self._preempted = self._preempted or multihost_utils.reached_preemption_sync_point(step)
+        self._preempted = self._preempted or processes.reached_preemption_sync_point(step)
         return self._preempted
 
     def _leave(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:

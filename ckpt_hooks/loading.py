@@ -14,7 +14,7 @@ import numpy as np
 
 from ckpt_hooks import events, tree
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckpt_hooks.matching import SavedLeaf, fit, match, place_on_devices
+from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
 from ckpt_hooks.storage.reader import ArrayInfo, Database
 from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, STRINGS_FILE
 
@@ -98,8 +98,13 @@ class SavedTree:
         )
 
     def _abstract(self, name: str) -> Any:
-        info = self.leaves[name].info
-        return str if info is None else jax.ShapeDtypeStruct(info.shape, info.dtype)  # type: ignore[no-untyped-call]
+        saved = self.leaves[name]
+        if saved.info is None:
+            return str
+        shape, dtype = saved.info.shape, saved.info.dtype
+        if saved.key_impl is not None:
+            shape, dtype = shape[:-1], key_dtype(saved.key_impl)
+        return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
     # -------------------------------------------------------------- files
 

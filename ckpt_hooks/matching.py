@@ -15,7 +15,7 @@ from ckpt_hooks.errors import StructureMismatchError
 from ckpt_hooks.leaves import is_prng_key
 from ckpt_hooks.storage.reader import ArrayInfo
 
-__all__ = ["SavedLeaf", "fit", "match", "place_on_devices"]
+__all__ = ["SavedLeaf", "fit", "key_dtype", "match", "place_on_devices"]
 
 _KINDS = {bool: "bool", int: "integer", float: "float", complex: "complex"}
 
@@ -87,12 +87,16 @@ def _misfit(saved: SavedLeaf, like: Any, *, cast: bool) -> str | None:
 def _misfit_key(saved: SavedLeaf, like: Any) -> str | None:
     if saved.key_impl is not None and is_prng_key(like):
         assert saved.info is not None
-        template = jax.eval_shape(lambda: jax.random.key(0, impl=saved.key_impl))
-        if template.dtype == like.dtype:
+        if key_dtype(saved.key_impl) == like.dtype:
             if tuple(like.shape) == saved.info.shape[:-1]:
                 return None
             return f"reshaped    {{name}}: saved as {saved}, `like` wants {_describe(like)}"
     return f"retyped     {{name}}: saved as {saved}, `like` wants {_describe(like)}"
+
+
+def key_dtype(impl: str) -> Any:
+    """The dtype of typed PRNG keys of an implementation, without making one."""
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
 
 
 def _same_type(saved: SavedLeaf, like: Any) -> bool:

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
+from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError
+
 __all__ = ["PreemptionNotice"]
 
 _log = logging.getLogger(__name__)
@@ -25,49 +27,80 @@ class PreemptionNotice:
 
     Attributes:
       received: the number of the signal that came, 0 while none has; reading it costs nothing.
+      is_open: whether it listens.
     """
 
     def __init__(self, signals: Iterable[signal.Signals | int]) -> None:
         self.received = 0
-        previous: dict[int, Any] = {}
-        self._finalizer = weakref.finalize(self, _restore_handlers, previous)
+        self.is_open = True
+        numbers = _check_signals(signals)
+        handler = _Handler(self)
+        self._finalizer = weakref.finalize(self, handler.uninstall)
         if threading.current_thread() is not threading.main_thread():
-            _log.warning(
-                "preemption signals are not watched: Python allows that only in the main thread. Create the hook there."
-            )
+            if numbers:
+                _log.warning(
+                    "preemption signals are not watched: Python allows that only in the main thread. "
+                    "Create the hook there."
+                )
             return
-        # The handler must not keep the notice alive, or a hook that is dropped would swallow signals for ever.
-        reference = weakref.ref(self)
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            notice = reference()
-            if notice is None or notice.received:
-                _give_up(number, previous)
-                return
-            notice.received = number
-            before = previous.get(number)
-            if callable(before) and before is not signal.default_int_handler:
-                before(number, frame)  # somebody else listens too
-
-        for number in signals:
-            previous[int(number)] = signal.signal(number, handle)
+        for number in numbers:
+            handler.previous[number] = signal.signal(number, handler)
 
     def close(self) -> None:
         """Gives the signals back to whoever had them."""
+        self.is_open = False
         self._finalizer()
 
 
-def _give_up(number: int, previous: dict[int, Any]) -> None:
-    """The second signal: what would have happened had nobody listened."""
-    _restore_handlers(previous)
-    if signal.getsignal(number) in (signal.SIG_IGN, None):
-        signal.signal(number, signal.SIG_DFL)
+class _Handler:
+    """What Python calls for a signal.
+
+    It must not keep the notice alive, or a hook that is dropped would swallow signals for ever. It may outlive
+    the notice where somebody else has put a handler of his own on top of it, and then only passes signals on.
+    """
+
+    def __init__(self, notice: PreemptionNotice) -> None:
+        self._notice = weakref.ref(notice)
+        self.previous: dict[int, Any] = {}
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        notice = self._notice()
+        before = self.previous[number]
+        if notice is None or not notice.is_open:
+            if signal.getsignal(number) is self:
+                _end_by(number, before)
+                return
+        elif notice.received:
+            # The second signal. A handler of the user's has had the first one, and need not end the process.
+            _end_by(number, before if before is signal.default_int_handler else signal.SIG_DFL)
+            return
+        else:
+            notice.received = number
+        if callable(before) and before is not signal.default_int_handler:
+            before(number, frame)  # somebody else listens too
+
+    def uninstall(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may; until it does, signals are passed on
+        for number, before in self.previous.items():
+            if signal.getsignal(number) is self:
+                signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def _end_by(number: int, handler: Any) -> None:
+    """What happens on a signal when `handler` has it."""
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
     os.kill(os.getpid(), number)
 
 
-def _restore_handlers(previous: dict[int, Any]) -> None:
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number, handler in previous.items():
-        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-    previous.clear()
+def _check_signals(signals: Iterable[signal.Signals | int]) -> list[int]:
+    if isinstance(signals, int | str):
+        raise InvalidArgumentTypeError(f"preemption_signals is a tuple, as in ({signals!r},); got {signals!r}")
+    numbers = list(signals)
+    for number in numbers:
+        if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
+            raise InvalidArgumentError(
+                f"preemption_signals: {number!r} is no signal that a process can listen to; give some of the "
+                "`signal` module, such as signal.SIGTERM"
+            )
+    return [int(number) for number in numbers]

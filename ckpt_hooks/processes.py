@@ -15,7 +15,15 @@ import jax
 from ckpt_hooks import events
 from ckpt_hooks.errors import BarrierTimeoutError, InvalidArgumentError
 
-__all__ = ["MultiprocessingOptions", "barrier", "count", "decide_on_primary", "index", "next_operation_id"]
+__all__ = [
+    "MultiprocessingOptions",
+    "barrier",
+    "count",
+    "decide_on_primary",
+    "index",
+    "next_operation_id",
+    "reached_preemption_sync_point",
+]
 
 DEFAULT_BARRIER_TIMEOUT_SECS = 300.0
 
@@ -124,3 +132,10 @@ def decide_on_primary(key: str, answer: bool, timeout_secs: float = DEFAULT_BARR
         client.key_value_set(name, str(int(answer)), allow_overwrite=True)
         return answer
     return bool(int(client.blocking_key_value_get(name, int(timeout_secs * 1000))))
+
+
+def reached_preemption_sync_point(step: int) -> bool:
+    """Whether JAX's runtime, having been told of a preemption, wants all processes to save at this step."""
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.reached_preemption_sync_point(step))

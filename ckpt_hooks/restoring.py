@@ -10,8 +10,8 @@ import jax
 
 from ckpt_hooks import train_state
 from ckpt_hooks.checkpointer import Checkpointer
-from ckpt_hooks.errors import InvalidArgumentError, ItemNotFoundError, StructureMismatchError
-from ckpt_hooks.handlers.base import CheckpointArgs
+from ckpt_hooks.errors import HandlerNotFoundError, InvalidArgumentError, ItemNotFoundError, StructureMismatchError
+from ckpt_hooks.handlers.base import CheckpointArgs, get_handler_type
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
@@ -83,13 +83,9 @@ class _Checkpoint:
         recorded = metadata.item_handlers if isinstance(metadata.item_handlers, Mapping) else {}
         checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
         self.saved = present | recorded.keys() | (checksums.items() if checksums else set())
-        # An item whose directory is missing counts as a tree if its handler was one: it is damage, not absence.
         self.trees = {name for name in present if StandardCheckpointHandler.recognizes(os.path.join(path, name))}
-        self.trees |= {
-            name
-            for name, handler in recorded.items()
-            if name not in present and handler == StandardCheckpointHandler.typestr()
-        }
+        # An item that has lost its files counts as a tree if its handler was one: it is damage, not absence.
+        self.trees |= {name for name, handler in recorded.items() if _is_tree_handler(handler)}
 
     def restore_tree(self, like: Any, *, cast: bool) -> Any:
         args = StandardRestoreArgs(like, cast=cast)
@@ -146,6 +142,13 @@ class _Checkpoint:
                 f"you want with items={tuple(sorted(parts.keys() & self.trees))}."
             )
         return {name: part for name, part in wanted.items() if name in self.saved}
+
+
+def _is_tree_handler(recorded: str) -> bool:
+    try:
+        return get_handler_type(recorded) is StandardCheckpointHandler
+    except HandlerNotFoundError:
+        return False
 
 
 def read_metadata(path: str) -> StepMetadata:

@@ -142,7 +142,7 @@ class RunDirectory:
         if self._lock is not None:
             return
         try:
-            os.makedirs(self.path, exist_ok=True)
+            commit.make_parents(self.path)
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
         self._lock = commit.DirectoryLock(self.path)

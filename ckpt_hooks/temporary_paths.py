@@ -19,7 +19,8 @@ from ckpt_hooks.errors import CorruptCheckpointError, IncompleteCheckpointError
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.checksums import COMMIT_MARKER, FILE, FileChecksums
+from ckpt_hooks.storage.checksums import FILE, FileChecksums
+from ckpt_hooks.storage.commit import COMMIT_MARKER
 
 __all__ = [
     "AtomicRenameTemporaryPath",
@@ -233,14 +234,15 @@ class CommitFileTemporaryPath(TemporaryPath):
         commit.sync_directory(os.path.dirname(path))
         self._created = False
         self._release()
-        if self._replaced is not None:
-            commit.remove_tree(self._replaced)
+        replaced, self._replaced = self._replaced, None
+        if replaced is not None:
+            commit.remove_replaced(replaced)
 
     def discard(self) -> None:
         try:
             super().discard()
         finally:
-            if self._replaced is not None and os.path.lexists(self._replaced):
+            if self._replaced is not None:
                 commit.rename(self._replaced, os.fspath(self._final))
 
 

@@ -36,6 +36,8 @@ def join(like: Any, parts: Mapping[str, Any]) -> Any:
 
     >>> join({"params": None, "step": None}, {"params": {"w": 1.0}, "step": 7})
     {'params': {'w': 1.0}, 'step': 7}
+    >>> join({"step": 0, "params": 0}, {"step": 7, "params": 1.0})  # whatever the order of its keys
+    {'params': 1.0, 'step': 7}
     """
     named = _named_parts(like)
     if named is None:
@@ -49,7 +51,7 @@ def join(like: Any, parts: Mapping[str, Any]) -> Any:
 
 def _named_parts(state: Any) -> dict[str, Any] | None:
     if type(state) is dict and state and all(type(name) is str for name in state):
-        return dict(state)  # what follows gives the same, more slowly
+        return {name: state[name] for name in sorted(state)}  # what follows gives the same, more slowly
     if _is_plain_dataclass(state):
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     if isinstance(state, Mapping) and not state:

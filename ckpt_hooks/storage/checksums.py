@@ -33,6 +33,7 @@ import numpy.typing as npt
 import xxhash
 
 from ckpt_hooks.errors import CorruptCheckpointError
+from ckpt_hooks.storage.commit import COMMIT_MARKER
 
 __all__ = ["ARRAY_FILE", "FILE", "ArrayChecksums", "FileChecksums", "digest"]
 
@@ -40,7 +41,6 @@ FILE = "_CHECKSUMS"
 ARRAY_FILE = "_ARRAY_CHECKSUMS"
 DATA_FOLDER = "d"
 PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
-COMMIT_MARKER = "commit_success.txt"
 _TITLE = "ckpt_hooks checksums 1"
 _READ_NBYTES = 16 << 20
 

@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterable
 from ckpt_hooks.errors import DiskFullError, RunLockedError, explain_os_error
 
 __all__ = [
+    "COMMIT_MARKER",
     "TMP_SUFFIX",
     "DirectoryLock",
     "make_directory",
+    "make_parents",
     "move_aside",
     "move_to_replaced",
     "publish",
+    "remove_replaced",
     "remove_dead_temporaries",
     "remove_tree",
     "rename",
@@ -40,6 +43,7 @@ __all__ = [
     "write_file",
 ]
 
+COMMIT_MARKER = "commit_success.txt"  # Orbax's; what it says is nowhere trusted
 TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's: its readers skip every name that holds it
 _REMOVED = ".removed"
 _REPLACED = ".replaced"
@@ -55,14 +59,27 @@ _log = logging.getLogger(__name__)
 
 
 def make_directory(path: str, mode: int | None = None) -> None:
-    """Makes a directory and its parents; raises an error that names the path."""
+    """Makes a directory and, durably, the parents that it lacks; raises an error that names the path."""
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent):
+            make_parents(parent)
         os.mkdir(path)
         if mode is not None:
             os.chmod(path, mode)
     except OSError as error:
         raise explain_os_error(error, f"cannot make directory {path}") from error
+
+
+def make_parents(path: str) -> None:
+    """Makes a directory and its parents, where they are not there, so that a power cut leaves them."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        os.makedirs(folder, exist_ok=True)  # another process may make it at the same time
+        sync_file(os.path.dirname(folder))
 
 
 def write_file(path: str, data: bytes | str) -> None:
@@ -197,10 +214,11 @@ def publish(temporary: str, final: str, *, replace: bool = False) -> None:
         sync_directory(os.path.dirname(final))
         undo.pop_all()  # from here on the new one is the checkpoint
     if old is not None:
-        _remove_replaced(old)
+        remove_replaced(old)
 
 
-def _remove_replaced(old: str) -> None:
+def remove_replaced(old: str) -> None:
+    """Removes a checkpoint whose place another one has taken."""
     try:
         remove_tree(old)
     except OSError as error:
@@ -263,19 +281,31 @@ def remove_dead_temporaries(directory: str) -> list[str]:
         names = [entry.name for entry in entries if TMP_SUFFIX in entry.name]
     for name in names:
         path = os.path.join(directory, name)
-        final, replaced, _ = path.partition(f"{_REPLACED}{TMP_SUFFIX}")
-        if replaced and not os.path.lexists(final):
-            os.rename(path, final)  # the writer died between the two renames of `publish`
-            continue
         if os.path.isdir(path) and not _is_dead(path):
             continue
         try:
+            if _take_back(path):
+                continue
             remove_tree(path)
         except OSError as error:
             _log.warning("cannot remove %s, left by an earlier writer: %s", path, error)
             continue
         removed.append(name)
     return removed
+
+
+def _take_back(path: str) -> bool:
+    """Undoes a replacement whose writer died before the new checkpoint was one; whether there was any to undo."""
+    final, replaced, _ = path.partition(f"{_REPLACED}{TMP_SUFFIX}")
+    if not replaced or os.path.exists(os.path.join(final, COMMIT_MARKER)):
+        return False
+    if os.path.lexists(final):
+        if os.path.isdir(final) and not _is_dead(final):
+            return True
+        remove_tree(final)  # half-written, in place
+    os.rename(path, final)
+    sync_directory(os.path.dirname(final))
+    return True
 
 
 def _is_dead(path: str) -> bool:

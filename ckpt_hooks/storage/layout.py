@@ -140,7 +140,9 @@ class Layout:
             yield key, nbytes, _Outside((owner, offset))
 
     def _build_index(self, values: Sequence[tuple[bytes, int, object]]) -> ocdbt.Root:
-        starts = range(0, max(1, len(values)), _NODE_ENTRIES)
+        if not values:
+            return ocdbt.Root(None, 0)
+        starts = range(0, len(values), _NODE_ENTRIES)
         children, height = [self._leaf(values[start : start + _NODE_ENTRIES]) for start in starts], 0
         while len(children) > 1:
             height += 1
@@ -168,9 +170,8 @@ class Layout:
         parts.append(b"".join(constant))
         nbytes = ocdbt.node_nbytes(len(prefix) + inline_nbytes)
         outside_nbytes = sum(nbytes for _, nbytes, value in values if isinstance(value, _Outside))
-        first_key = values[0][0] if values else b""
         offset = self._append_node(nbytes, parts)
-        return ocdbt.Child(first_key, data_file_name(0), offset, nbytes, len(values), nbytes, outside_nbytes)
+        return ocdbt.Child(values[0][0], data_file_name(0), offset, nbytes, len(values), nbytes, outside_nbytes)
 
     def _interior_node(self, height: int, children: Sequence[ocdbt.Child]) -> ocdbt.Child:
         body = ocdbt.interior_prefix(height, children)

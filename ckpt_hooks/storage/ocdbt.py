@@ -78,10 +78,14 @@ class Child:
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-    """What the manifest says of its one version."""
+    """What the manifest says of its one version; a database without keys has no root node."""
 
-    child: Child
+    child: Child | None
     height: int
+
+
+_NOWHERE = 2**64 - 1
+_MISSING = Child(b"", "", _NOWHERE, _NOWHERE, 0, 0, 0)  # how tensorstore writes that there is no root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +256,7 @@ def manifest_template(root: Root) -> bytes:
     The uuid belongs at MANIFEST_UUID, the commit time, a uint64le in nanoseconds, at MANIFEST_TIME, and the
     CRC-32C behind it all; everything else depends only on the structure.
     """
-    child = root.child
+    child = root.child or _MISSING
     config = b"".join(
         (
             bytes(16),  # uuid
@@ -307,7 +311,7 @@ def decode_manifest(encoded: bytes) -> Root:
     height = reader.byte()
     file, offset, nbytes, num_keys, tree_nbytes, indirect_nbytes = reader.column(6)
     child = Child(b"", files[file], offset, nbytes, num_keys, tree_nbytes, indirect_nbytes)
-    return Root(child, height)
+    return Root(None if child == _MISSING else child, height)
 
 
 def decode_node(encoded: bytes | memoryview) -> Node:

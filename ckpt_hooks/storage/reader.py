@@ -84,7 +84,7 @@ class Database:
     def _read_index(self) -> dict[bytes, ocdbt.Entry]:
         root = ocdbt.decode_manifest(_read_file(os.path.join(self._directory, MANIFEST_FILE)))
         entries: dict[bytes, ocdbt.Entry] = {}
-        pending = [root.child]
+        pending = [] if root.child is None else [root.child]
         while pending:
             child = pending.pop()
             (encoded,) = self._read_chunks([ocdbt.Entry(child.nbytes, None, child.file, child.offset)])
