@@ -10,50 +10,48 @@ A save, in order (each barrier is passed by every process, the primary does the 
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from etils import epath
 
 from ckpt_hooks import events, processes
 from ckpt_hooks.errors import (
-    CheckpointNotFoundError,
-    DestinationExistsError,
-    IncompleteCheckpointError,
     InvalidArgumentError,
-    InvalidArgumentTypeError,
     SaveFailedError,
     explain_os_error,
 )
 from ckpt_hooks.handlers.base import (
     CheckpointArgs,
-    construct_checkpoint_args,
-    get_registered_handler_cls,
+    args_for_handler,
     stage_with,
 )
-from ckpt_hooks.handlers.composite import CompositeCheckpointHandler
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
+from ckpt_hooks.loud_exit import untold
 from ckpt_hooks.metadata import (
     METADATA_FILE,
     MetadataStore,
     StepMetadata,
     check_custom_metadata,
     metadata_store,
-    read_step_metadata,
 )
 from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.checksums import FileChecksums
-from ckpt_hooks.temporary_paths import AtomicRenameTemporaryPath, FileOptions, TemporaryPath, is_committed
+from ckpt_hooks.temporary_paths import (
+    AtomicRenameTemporaryPath,
+    FileOptions,
+    TemporaryPath,
+    absolute_path,
+    check_destination,
+    require_finalized,
+)
 
 __all__ = ["AsyncCheckpointer", "Checkpointer"]
 
@@ -128,11 +126,8 @@ class Checkpointer:
         self._is_alone = processes.count() == 1
         self._barrier_prefix = self._multiprocessing_options.key("")
         self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
-        self._handler_names: Callable[[], dict[str, str] | str] = (
-            self._handler.item_handler_names
-            if isinstance(self._handler, CompositeCheckpointHandler)
-            else functools.partial(recorded_name, self._handler)
-        )
+        of_items = getattr(self._handler, "item_handler_names", None)  # a composite has one for each item
+        self._handler_names = of_items or functools.partial(recorded_name, self._handler)
         self.failure: SaveFailedError | None = None
         events.record_event(events.CHECKPOINTER_INIT)
 
@@ -161,8 +156,8 @@ class Checkpointer:
           UnsupportedLeafError, NameCollisionError, NotSerializableError: before anything is written.
           DiskFullError, UnwritableDirectoryError: (OSError) nothing is left behind.
         """
-        save_args = self._construct_args(True, args, kwargs)
-        self.save_args(_absolute(directory), save_args, force=force, custom_metadata=custom_metadata)
+        save_args = args_for_handler(self._handler, True, *args, **kwargs)
+        self.save_args(absolute_path(directory), save_args, force=force, custom_metadata=custom_metadata)
 
     def save_args(self, directory: epath.Path, args: CheckpointArgs, **options: Any) -> None:
         """`save`, with one args object and the options that a `CheckpointManager` has besides.
@@ -199,7 +194,7 @@ class Checkpointer:
             save.custom_metadata = check_custom_metadata(custom_metadata)
             self._barrier("save_start", operation)
             if os.path.lexists(final):
-                self._check_destination(final, force=force)
+                check_destination(final, self._temporary_path_class, force=force)
             staged = self._stage(args)
             staged_secs = time.perf_counter()
             events.record_duration_secs(events.WRITE_STAGE_SECS, staged_secs - start_secs)
@@ -266,24 +261,6 @@ class Checkpointer:
             return error
         return explain_os_error(error, f"saving {save.final}")
 
-    def _check_destination(self, final: epath.Path, *, force: bool) -> None:
-        if not os.path.isdir(final):
-            raise DestinationExistsError(f"{final} is a file; a checkpoint is a directory. Choose another path.")
-        begun = os.path.exists(final / METADATA_FILE)
-        if force and (begun or is_committed(final) or not os.listdir(final)):
-            return
-        if force:
-            raise DestinationExistsError(
-                f"{final} is there and is no checkpoint; force=True replaces only checkpoints. Choose another path."
-            )
-        in_place = self._temporary_path_class.writes_in_place
-        if in_place and begun and not self._temporary_path_class.is_finalized(final):
-            return  # what a writer that died has left
-        raise DestinationExistsError(
-            f"destination {final} already exists. Choose another path, or pass force=True to replace it once the "
-            "new checkpoint is durable."
-        )
-
     # -------------------------------------------------------------- restoring
 
     def restore(self, directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -292,45 +269,14 @@ class Checkpointer:
         Raises CheckpointNotFoundError where there is nothing, IncompleteCheckpointError where a save was
         never committed, CorruptCheckpointError where the bytes are not what was saved.
         """
-        path = self._committed_path(directory)
-        start_secs = time.perf_counter()
-        events.record_event(events.READ_START)
-        try:
-            checksums = FileChecksums.of_checkpoint(os.fspath(path), METADATA_FILE)
-            if checksums is not None:
-                composite = isinstance(self._handler, CompositeCheckpointHandler)
-                checksums.check(os.fspath(path), below="" if composite else None)
-            restored = self._handler.restore(path, args=self._construct_args(False, args, kwargs))
-        except BaseException:
-            events.record_event(events.READ_FAILURE)
-            raise
+        path = require_finalized(directory, self._temporary_path_class)
+        restored = read_checkpoint(self._handler, path, args_for_handler(self._handler, False, *args, **kwargs))
         self._barrier("restore", processes.next_operation_id())
-        events.record_event(events.READ_SUCCESS)
-        events.record_duration_secs(events.READ_TOTAL_SECS, time.perf_counter() - start_secs)
         return restored
 
     def metadata(self, directory: Any) -> StepMetadata:
         """The step metadata, with what the handler tells of its items."""
-        path = self._committed_path(directory)
-        metadata = read_step_metadata(os.fspath(path)) or StepMetadata()
-        try:
-            items = self._handler.metadata(path)
-        except (FileNotFoundError, NotImplementedError, ValueError, TypeError) as error:
-            if isinstance(self._handler, CompositeCheckpointHandler):
-                raise
-            _log.warning("%s: no item metadata: %s", path, error)
-            items = None
-        return dataclasses.replace(metadata, item_metadata=items)
-
-    def _committed_path(self, directory: Any) -> epath.Path:
-        path = _absolute(directory)
-        if not os.path.isdir(path):
-            raise CheckpointNotFoundError(f"there is no checkpoint at {path}")
-        if not self._temporary_path_class.is_finalized(path):
-            raise IncompleteCheckpointError(
-                f"Found incomplete checkpoint at {path}: its save was never committed. Restore an older one."
-            )
-        return path
+        return describe_checkpoint(self._handler, require_finalized(directory, self._temporary_path_class))
 
     # -------------------------------------------------------------- parts
 
@@ -341,7 +287,7 @@ class Checkpointer:
 
     def get_temporary_path(self, directory: Any) -> TemporaryPath:
         """Where a checkpoint for `directory` is written before it is committed; nothing is created."""
-        return self._temporary_path_class.from_final(_absolute(directory), **self._path_options)
+        return self._temporary_path_class.from_final(absolute_path(directory), **self._path_options)
 
     async def create_temporary_path(self, temporary_path: TemporaryPath) -> epath.Path:
         """Makes the directory of a temporary path, between the same barriers as a save does."""
@@ -360,23 +306,8 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _construct_args(self, for_save: bool, args: Any, kwargs: Any) -> CheckpointArgs:
-        constructed = construct_checkpoint_args(self._handler, for_save, *args, **kwargs)
-        expected = get_registered_handler_cls(constructed)
-        if not isinstance(self._handler, expected):
-            raise InvalidArgumentTypeError(
-                f"{type(constructed).__qualname__} is for {expected.__qualname__}, and this checkpointer has a "
-                f"{type(self.handler).__qualname__}"
-            )
-        return constructed
 
     def _barrier(self, name: str, operation: int) -> None:
         key = f"{self._barrier_prefix}Checkpointer:{name}.{operation}"
@@ -424,13 +355,18 @@ class AsyncCheckpointer(Checkpointer):
         save = self._begin(directory, args, **options)
         # Not a daemon: the interpreter waits for it, so a program that ends now still commits.
         self._thread = threading.Thread(target=self._run, args=(save,), name=f"ckpt_hooks-save-{directory.name}")
-        self._is_idle.clear()
         try:
+            self._is_idle.clear()
             if not threading.main_thread().is_alive():
                 raise RuntimeError("the interpreter is ending, and waits for no thread that starts now")
             self._thread.start()
         except RuntimeError:
             self._run(save)
+        except BaseException as error:  # Ctrl-C
+            if self._thread.ident is None:
+                self._is_idle.set()  # or the next call would wait for ever
+                self._failed(save, error)
+            raise
         events.record_duration_secs(events.WRITE_BLOCKING_SECS, time.perf_counter() - start_secs)
 
     def _run(self, save: _Save) -> None:
@@ -438,10 +374,11 @@ class AsyncCheckpointer(Checkpointer):
             name = save.final.name
             self._complete(save, f"async_write_complete.{name}", f"async_commit_complete.{name}")
         except BaseException as error:
-            failure = SaveFailedError(f"the background save of {save.final} failed: {error}")
-            failure.__cause__ = self._failed(save, error)
+            cause = self._failed(save, error)
+            failure = SaveFailedError(f"the background save of {save.final} failed: {cause}")
+            failure.__cause__ = cause
             self.failure = failure
-            _untold.add(self)
+            untold[self] = failure  # until the next call raises it
         finally:
             self._is_idle.set()
 
@@ -463,7 +400,7 @@ class AsyncCheckpointer(Checkpointer):
     def check_for_errors(self) -> None:
         """Raises the failure of a background save, once; does not wait."""
         error, self.failure = self.failure, None
-        _untold.discard(self)
+        untold.pop(self, None)
         if error is not None:
             raise error
 
@@ -480,25 +417,3 @@ class AsyncCheckpointer(Checkpointer):
             self.wait_until_finished()
         finally:
             super().close()
-
-
-_untold: set[AsyncCheckpointer] = set()  # those with a failure; nobody else may hold them any more
-
-
-@atexit.register
-def _exit_loudly() -> None:
-    """A failure that nobody has been told of must not end in exit code 0."""
-    failures = [checkpointer.failure for checkpointer in list(_untold) if checkpointer.failure]
-    if failures:
-        for failure in failures:
-            print(f"ckpt_hooks: {failure}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def _absolute(directory: Any) -> epath.Path:
-    path = os.fspath(epath.Path(directory))
-    if "://" in path:
-        raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
-    return epath.Path(os.path.abspath(path))

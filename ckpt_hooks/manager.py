@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
 
 from etils import epath
 
@@ -15,14 +14,8 @@ from ckpt_hooks import events, retention, train_state
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
-    HandlerNotFoundError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
-    ItemNotFoundError,
-    NameCollisionError,
-    NoValidCheckpointError,
-    StructureMismatchError,
-    UnsupportedLeafError,
 )
 from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
@@ -30,9 +23,9 @@ from ckpt_hooks.handlers.iterator import IteratorSaveArgs, is_stateful
 from ckpt_hooks.handlers.json import JsonCheckpointHandler, JsonRestoreArgs, JsonSaveArgs
 from ckpt_hooks.handlers.pytree import StandardSaveArgs
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
-from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers
+from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.processes import MultiprocessingOptions
-from ckpt_hooks.restoring import read_metadata, restore_checkpoint
+from ckpt_hooks.restoring import read_metadata, read_newest, restore_checkpoint
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage import commit
 from ckpt_hooks.temporary_paths import FileOptions
@@ -42,20 +35,6 @@ __all__ = ["CheckpointManager"]
 
 _RESERVED = frozenset({"step", "metrics"})  # keys of custom_metadata that the manager writes
 _NO_METRICS: Mapping[str, Any] = {}
-# Errors that another checkpoint would give as well, or that only the caller can mend: no reason to fall back.
-_NOT_DAMAGE = (
-    HandlerNotFoundError,
-    InvalidArgumentError,
-    InvalidArgumentTypeError,
-    ItemNotFoundError,
-    NameCollisionError,
-    StructureMismatchError,
-    UnsupportedLeafError,
-    MemoryError,
-)
-
-_T = TypeVar("_T")
-
 _log = logging.getLogger(__name__)
 
 
@@ -188,7 +167,7 @@ class CheckpointManager:
                 raise InvalidArgumentError(f"item {name!r} is a part of the state already; rename the keyword")
             args[name] = IteratorSaveArgs(value)
         if numbers and METRICS_ITEM not in args:
-            args[METRICS_ITEM] = JsonSaveArgs(dict(numbers))  # where Orbax's best_fn looks
+            args[METRICS_ITEM] = JsonSaveArgs(to_orbax_metrics(numbers))  # where Orbax's best_fn looks
         return CompositeArgs(**args)
 
     def _after_commit(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -257,35 +236,10 @@ class CheckpointManager:
             number = self._best_or_raise() if step == "best" else check_step(step)
             restored, states = read(self._run.require(number))
         else:
-            number, (restored, states) = self._read_newest(read)
+            number, (restored, states) = read_newest(self._run, read)
         for name, value in objects.items():
             value.set_state(states[name])
         return number, restored
-
-    def _read_newest(self, read: Callable[[str], _T]) -> tuple[int, _T]:
-        rejected: dict[int, str] = {}
-        for step in reversed(self._run.steps()):
-            try:
-                restored = read(self._run.step_path(step))
-            except _NOT_DAMAGE:
-                raise
-            except Exception as error:  # another library's damage comes in every class
-                reason = f"{type(error).__name__}: {error}"
-                _log.error("step %d of %s is rejected: %s", step, self._run.path, reason)
-                events.record_event(events.READ_REJECTED, step=step)
-                rejected[step] = reason
-                continue
-            self._run.rejected.update(rejected)
-            if rejected:
-                _log.warning("step %d of %s is restored instead of %s", step, self._run.path, sorted(rejected))
-            return step, restored
-        if rejected:
-            reasons = "\n".join(f"  step {step}: {reason}" for step, reason in rejected.items())
-            raise NoValidCheckpointError(
-                f"no checkpoint of {self._run.path} can be restored:\n{reasons}\nNothing was removed. To start "
-                "afresh all the same, choose another directory."
-            )
-        raise CheckpointNotFoundError(f"{self._run.path} has no checkpoint")
 
     def _best_or_raise(self) -> int:
         best = self.best_step()
@@ -397,12 +351,7 @@ class CheckpointManager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

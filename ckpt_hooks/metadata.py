@@ -35,9 +35,11 @@ __all__ = [
     "metadata_store",
     "read_step_metadata",
     "to_json_numbers",
+    "to_orbax_metrics",
 ]
 
 METADATA_FILE = "_CHECKPOINT_METADATA"
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 _log = logging.getLogger(__name__)
 
@@ -159,6 +161,11 @@ def to_json_numbers(metrics: Any) -> dict[str, Any]:
             )
         metrics = metrics.compute()
     return {_metric_name(name): _to_json_number(name, value) for name, value in metrics.items()}
+
+
+def to_orbax_metrics(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The same metrics as Orbax writes them: its best_fn compares numbers, and a string would stop it."""
+    return {name: float(value) if value in _NOT_FINITE else value for name, value in numbers.items()}
 
 
 def _metric_name(name: Any) -> str:

@@ -2,28 +2,82 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
+from etils import epath
 
-from ckpt_hooks import train_state
-from ckpt_hooks.checkpointer import Checkpointer
-from ckpt_hooks.errors import HandlerNotFoundError, InvalidArgumentError, ItemNotFoundError, StructureMismatchError
+from ckpt_hooks import events, train_state
+from ckpt_hooks.errors import (
+    CheckpointNotFoundError,
+    HandlerNotFoundError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    ItemNotFoundError,
+    NameCollisionError,
+    NoValidCheckpointError,
+    StructureMismatchError,
+    UnsupportedLeafError,
+)
 from ckpt_hooks.handlers.base import CheckpointArgs, get_handler_type
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
-from ckpt_hooks.run import METRICS_ITEM
+from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
+from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_temporary
 
-__all__ = ["read_metadata", "restore_checkpoint"]
+__all__ = ["read_metadata", "read_newest", "restore_checkpoint"]
 
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+# Errors that another checkpoint would give as well, or that only the caller can mend: no reason to fall back.
+_NOT_DAMAGE = (
+    HandlerNotFoundError,
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    ItemNotFoundError,
+    NameCollisionError,
+    StructureMismatchError,
+    UnsupportedLeafError,
+    MemoryError,
+)
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
+
+
+def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
+    """(step, what `read` makes of its path) of the newest checkpoint that verifies; each rejected one is logged."""
+    rejected: dict[int, str] = {}
+    for step in reversed(run.steps()):
+        try:
+            restored = read(run.step_path(step))
+        except _NOT_DAMAGE:
+            raise
+        except Exception as error:  # another library's damage comes in every class
+            reason = f"{type(error).__name__}: {error}"
+            _log.error("step %d of %s is rejected: %s", step, run.path, reason)
+            events.record_event(events.READ_REJECTED, step=step)
+            rejected[step] = reason
+            continue
+        run.reject(rejected)
+        if rejected:
+            _log.warning("step %d of %s is restored instead of %s", step, run.path, sorted(rejected))
+        return step, restored
+    if rejected:
+        reasons = "\n".join(f"  step {step}: {reason}" for step, reason in rejected.items())
+        raise NoValidCheckpointError(
+            f"no checkpoint of {run.path} can be restored:\n{reasons}\nNothing was removed. To start "
+            "afresh all the same, choose another directory."
+        )
+    raise CheckpointNotFoundError(f"{run.path} has no checkpoint")
 
 
 def restore_checkpoint(
@@ -89,7 +143,7 @@ class _Checkpoint:
 
     def restore_tree(self, like: Any, *, cast: bool) -> Any:
         args = StandardRestoreArgs(like, cast=cast)
-        return Checkpointer(StandardCheckpointHandler()).restore(self.path, args=args)
+        return read_checkpoint(StandardCheckpointHandler(), epath.Path(self.path), args)
 
     def restore_items(
         self, parts: Mapping[str, Any], objects: Mapping[str, Any], *, with_target: bool, cast: bool
@@ -101,7 +155,8 @@ class _Checkpoint:
         for name in objects:
             args[name] = IteratorRestoreArgs()
         handler = CompositeCheckpointHandler(**dict.fromkeys(args))
-        restored = Checkpointer(handler).restore(self.path, args=CompositeArgs(**args)) if args else CompositeArgs()
+        path = epath.Path(self.path)
+        restored = read_checkpoint(handler, path, CompositeArgs(**args)) if args else CompositeArgs()
         return dict(restored.items())
 
     def _args(self, name: str, part: Any, *, with_target: bool, cast: bool) -> CheckpointArgs | None:
@@ -155,4 +210,4 @@ def read_metadata(path: str) -> StepMetadata:
     """The metadata of a checkpoint, with shapes and dtypes of its pytree items."""
     single = StandardCheckpointHandler.recognizes(path)
     handler = StandardCheckpointHandler() if single else CompositeCheckpointHandler()
-    return Checkpointer(handler).metadata(path)
+    return describe_checkpoint(handler, epath.Path(path))

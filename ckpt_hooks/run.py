@@ -17,14 +17,13 @@ from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
-    InvalidArgumentError,
     UnwritableDirectoryError,
     explain_os_error,
 )
-from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
+from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_orbax_metrics
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
-from ckpt_hooks.temporary_paths import is_committed
+from ckpt_hooks.temporary_paths import absolute_path, is_committed
 
 __all__ = ["METRICS_ITEM", "RunDirectory"]
 
@@ -39,10 +38,7 @@ class RunDirectory:
     """Reading needs no lock and makes nothing; `lock` comes before the first change."""
 
     def __init__(self, directory: Any) -> None:
-        path = os.fspath(directory)
-        if "://" in path:
-            raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
-        self.path = os.path.abspath(os.path.expanduser(path))
+        self.path = os.fspath(absolute_path(os.path.expanduser(directory)))
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise UnwritableDirectoryError(
                 f"{self.path} is a file; a run is a directory of checkpoints. Choose another path."
@@ -165,17 +161,30 @@ class RunDirectory:
         if os.path.lexists(self.step_path(step)) and not is_committed(self.step_path(step)):
             self.set_aside(step, "stray")
 
+    def reject(self, reasons: Mapping[int, str]) -> None:
+        """These steps do not verify: they are no checkpoints from now on, and `make_way` moves them aside."""
+        self.rejected.update(reasons)
+        self.known -= reasons.keys()
+
     def set_aside(self, step: int, label: str) -> None:
         """Renames a step to ``<step>.<label>``, where nobody takes it for a checkpoint and nobody deletes it."""
         self._forget(step)
-        if os.path.lexists(self.step_path(step)):
-            aside = commit.move_aside(self.step_path(step), label)
+        path = self.step_path(step)
+        if os.path.lexists(path):
+            try:
+                aside = commit.move_aside(path, label)
+            except OSError as error:
+                raise explain_os_error(error, f"cannot set {path} aside") from error
             _log.warning("step %d was set aside as %s", step, aside)
 
     def remove(self, step: int) -> None:
         """Removes a step; a reader sees all of it or nothing."""
+        path = self.step_path(step)
+        try:
+            commit.remove_tree(path)
+        except OSError as error:
+            raise explain_os_error(error, f"cannot remove {path}") from error
         self._forget(step)
-        commit.remove_tree(self.step_path(step))
 
     def _forget(self, step: int) -> None:
         self.known.discard(step)
@@ -189,7 +198,7 @@ class RunDirectory:
         item_handlers = metadata.item_handlers
         changed = {}
         if not os.path.exists(os.path.join(path, METRICS_ITEM, "_METADATA")):  # not a part of the state
-            changed[_METRICS_FILE] = json.dumps(merged).encode()
+            changed[_METRICS_FILE] = json.dumps(to_orbax_metrics(merged)).encode()
             if isinstance(item_handlers, Mapping):
                 item_handlers = {**item_handlers, METRICS_ITEM: JSON_TYPESTR}
         content = {

@@ -15,7 +15,13 @@ from typing import Any, Self
 
 from etils import epath
 
-from ckpt_hooks.errors import CorruptCheckpointError, IncompleteCheckpointError
+from ckpt_hooks.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DestinationExistsError,
+    IncompleteCheckpointError,
+    InvalidArgumentError,
+)
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage import commit
@@ -28,8 +34,11 @@ __all__ = [
     "FileOptions",
     "NestedTemporaryPath",
     "TemporaryPath",
+    "absolute_path",
+    "check_destination",
     "is_committed",
     "is_temporary",
+    "require_finalized",
 ]
 
 TREE_METADATA_FILE = "_METADATA"  # `tree.METADATA_FILE`, without loading JAX's part of the house
@@ -282,3 +291,42 @@ def _is_incomplete(directory: str) -> bool:
     except CorruptCheckpointError:
         return False  # damaged, which is something else: whoever reads it is told
     return metadata is not None and metadata.commit_timestamp_nsecs is None
+
+
+def check_destination(final: epath.Path, path_class: type[TemporaryPath], *, force: bool) -> None:
+    """Raises DestinationExistsError where what is at `final` may not give way to a checkpoint."""
+    if not os.path.isdir(final):
+        raise DestinationExistsError(f"{final} is a file; a checkpoint is a directory. Choose another path.")
+    begun = os.path.exists(final / METADATA_FILE)
+    if force and (begun or is_committed(final) or not os.listdir(final)):
+        return
+    if force:
+        raise DestinationExistsError(
+            f"{final} is there and is no checkpoint; force=True replaces only checkpoints. Choose another path."
+        )
+    if path_class.writes_in_place and begun and not path_class.is_finalized(final):
+        return  # what a writer that died has left
+    raise DestinationExistsError(
+        f"destination {final} already exists. Choose another path, or pass force=True to replace it once the new "
+        "checkpoint is durable."
+    )
+
+
+def absolute_path(directory: Any) -> epath.Path:
+    """A directory as an absolute path. Raises InvalidArgumentError for what is not on a file system."""
+    path = os.fspath(epath.Path(directory))
+    if "://" in path:
+        raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
+    return epath.Path(os.path.abspath(path))
+
+
+def require_finalized(directory: Any, path_class: type[TemporaryPath]) -> epath.Path:
+    """The absolute path of a whole checkpoint; raises for one that is missing or was never committed."""
+    path = absolute_path(directory)
+    if not os.path.isdir(path):
+        raise CheckpointNotFoundError(f"there is no checkpoint at {path}")
+    if not path_class.is_finalized(path):
+        raise IncompleteCheckpointError(
+            f"Found incomplete checkpoint at {path}: its save was never committed. Restore an older one."
+        )
+    return path

@@ -104,9 +104,7 @@ def test_batches_resume_within_an_epoch_and_across_epochs() -> None:
         np.testing.assert_array_equal(next(batches).images, next(resumed).images)
 
 
-def test_preempted_run_resumes_bit_identical(
-    config: ConfigDict, tmp_path: Path, uninterrupted: TrainState
-) -> None:
+def test_preempted_run_resumes_bit_identical(config: ConfigDict, tmp_path: Path, uninterrupted: TrainState) -> None:
     """SIGTERM half-way saves that very step, and the resumed run ends in the same bits."""
     with pytest.raises(Preempted) as preempted:
         train(config, tmp_path, log=at_step(100, terminate))
@@ -117,9 +115,7 @@ def test_preempted_run_resumes_bit_identical(
     assert_bit_identical(state, uninterrupted)
 
 
-def test_crashed_run_resumes_bit_identical(
-    config: ConfigDict, tmp_path: Path, uninterrupted: TrainState
-) -> None:
+def test_crashed_run_resumes_bit_identical(config: ConfigDict, tmp_path: Path, uninterrupted: TrainState) -> None:
     """A crash costs the steps since the last checkpoint, and not a bit of the final state."""
     with pytest.raises(RuntimeError, match="out of memory"):
         train(config, tmp_path, log=at_step(100, crash))
@@ -152,9 +148,7 @@ def test_final_step_is_saved_with_its_metrics(config: ConfigDict, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_tiny"])
-def test_configs_are_overridden_on_the_command_line(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configs_are_overridden_on_the_command_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every config loads with `--config=`, and `--config.num_steps=` changes that one value."""
     expected = import_module(f"configs.{name}").get_config()
     expected.num_steps = 7
@@ -191,8 +185,6 @@ def test_survive_ends_with_identical_states(tmp_path: Path) -> None:
 
 
 def run_python(*arguments: str, cwd: Path = REPOSITORY) -> str:
-    process = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+    process = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout

@@ -486,6 +486,7 @@ def test_a_dropped_lock_is_released(tmp_path: Path) -> None:
     commit.DirectoryLock(str(tmp_path)).release()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*")  # what JAX and Python think of it
 def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     """A data-loading worker that outlives the writer leaves the run free."""
     lock = commit.DirectoryLock(str(tmp_path))

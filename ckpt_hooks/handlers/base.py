@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointArgs",
     "CheckpointHandler",
     "StagedSave",
+    "args_for_handler",
     "construct_checkpoint_args",
     "get_handler_type",
     "get_registered_args_cls",
@@ -47,11 +48,13 @@ class StagedSave:
       write: writes the item into a directory; may run in another thread, while training goes on.
       begin: runs first, before training goes on; for handlers that cannot take the state without a directory.
       nbytes: how many bytes `write` will write, as far as known.
+      recorded_name: by which a composite records the item's handler, where the handler's own name does not do.
     """
 
     write: Callable[[epath.Path], None]
     begin: Callable[[epath.Path], None] | None = None
     nbytes: int = 0
+    recorded_name: str | None = None
 
 
 class CheckpointHandler(abc.ABC):
@@ -294,3 +297,15 @@ def construct_checkpoint_args(handler: Any, for_save: bool, *args: Any, **kwargs
             f"{args_cls.__qualname__}{inspect.signature(args_cls)}"
         ) from None
     return args_cls(*args, **kwargs)
+
+
+def args_for_handler(handler: Any, for_save: bool, *args: Any, **kwargs: Any) -> CheckpointArgs:
+    """`construct_checkpoint_args`, where an args object of another handler is an error."""
+    constructed = construct_checkpoint_args(handler, for_save, *args, **kwargs)
+    expected = get_registered_handler_cls(constructed)
+    if not isinstance(handler, expected):
+        raise InvalidArgumentTypeError(
+            f"{type(constructed).__qualname__} is for {expected.__qualname__}, and this checkpointer has a "
+            f"{type(handler).__qualname__}"
+        )
+    return constructed

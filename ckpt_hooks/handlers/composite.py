@@ -147,6 +147,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
             for name, handler in {**dict.fromkeys(item_names), **items_and_handlers}.items()
         }
         self._unfinished: dict[str, TemporaryPath] = {}
+        self._recorded_names: dict[str, str] = {}  # of the items that are being saved
 
     # -------------------------------------------------------------- saving
 
@@ -168,8 +169,11 @@ class CompositeCheckpointHandler(CheckpointHandler):
         return StagedSave(write, begin, sum([item.nbytes for item in staged.values()]))
 
     def _begin_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
-        self._unfinished = {}
+        self._unfinished, self._recorded_names = {}, {}
         for name, item in staged.items():
+            pinned = self._handlers[name]
+            assert pinned is not None, "what was staged is pinned"
+            self._recorded_names[name] = item.recorded_name or pinned.recorded_name
             temporary = self._options.temporary_path_class.from_final(
                 directory / name,
                 file_options=self._options.file_options,
@@ -205,8 +209,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
 
     def item_handler_names(self) -> dict[str, str]:
         """{item: the name by which its handler is recorded} of the items that are being saved."""
-        handlers = [(name, self._handlers[name]) for name in self._unfinished]
-        return {name: handler.recorded_name for name, handler in handlers if handler is not None}
+        return dict(self._recorded_names)
 
     # -------------------------------------------------------------- restoring
 

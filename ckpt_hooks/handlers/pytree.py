@@ -44,6 +44,7 @@ __all__ = ["Plan", "StandardCheckpointHandler", "StandardRestoreArgs", "Standard
 
 _CACHED_PLANS = 32
 _BYTE = np.dtype(np.uint8)
+_ORBAX_PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 
 class StandardCheckpointHandler(CheckpointHandler):
@@ -60,7 +61,7 @@ class StandardCheckpointHandler(CheckpointHandler):
         plan, leaves = Plan.of(args.item, self._num_processes)
         chunks, strings = plan.take(leaves, copy=copy)
         write = functools.partial(plan.write, chunks, strings, self._process)
-        return StagedSave(write, nbytes=plan.layout.data_nbytes[self._process])
+        return StagedSave(write, nbytes=plan.layout.data_nbytes[self._process], recorded_name=plan.recorded_name)
 
     def save(self, directory: epath.Path, args: StandardSaveArgs) -> None:
         self.stage(args, copy=False).write(directory)
@@ -127,6 +128,9 @@ class Plan:
         numbers = itertools.count()
         self._array_numbers = [next(numbers) if leaf.array else -1 for leaf in self._leaves]
         self.layout = Layout([leaf.array for leaf in self._leaves if leaf.array], num_processes)
+        # A part of a state that is None: Orbax's StandardCheckpointHandler refuses to restore it.
+        is_none = [leaf.keys for leaf in named if leaf.is_empty and tree.empty_type(leaf.value) == "None"] == [()]
+        self.recorded_name = _ORBAX_PYTREE_HANDLER if is_none else None
         self._array_metadata = array_metadata_file(self._leaves)
         self._primary_files = {
             tree.METADATA_FILE: tree_metadata_file(named, self._leaves),

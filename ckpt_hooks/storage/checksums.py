@@ -67,16 +67,16 @@ class ArrayChecksums:
         return body + struct.pack("<Q", digest(body))
 
     @classmethod
-    def decode(cls, encoded: bytes) -> ArrayChecksums:
+    def decode(cls, encoded: bytes, path: str = ARRAY_FILE) -> ArrayChecksums:
         """Raises CorruptCheckpointError when the file does not verify itself."""
         body, seal = encoded[:-8], encoded[-8:]
         if len(seal) < 8 or struct.unpack("<Q", seal)[0] != digest(body):
-            raise CorruptCheckpointError(f"{ARRAY_FILE} fails its own checksum")
+            raise CorruptCheckpointError(f"{path} fails its own checksum")
         head, _, rest = body.partition(b"\n")
         files = {}
-        for path, num, nbytes in json.loads(head)["files"]:
+        for name, num, nbytes in json.loads(head)["files"]:
             pieces, rest = np.frombuffer(rest[: num * PIECE.itemsize], PIECE), rest[num * PIECE.itemsize :]
-            files[path] = (pieces, nbytes)
+            files[name] = (pieces, nbytes)
         return cls(files)
 
     def of(self, file: str) -> dict[int, tuple[int, int]]:
@@ -130,8 +130,9 @@ class FileChecksums:
         Raises CorruptCheckpointError when it does not verify itself.
         """
         try:
-            with open(os.path.join(directory, FILE), "rb") as file:
-                return cls.decode(file.read())
+            path = os.path.join(directory, FILE)
+            with open(path, "rb") as file:
+                return cls.decode(file.read(), path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -163,15 +164,15 @@ class FileChecksums:
         return body + f"{digest(body):016x}\n".encode()
 
     @classmethod
-    def decode(cls, encoded: bytes) -> FileChecksums:
+    def decode(cls, encoded: bytes, path: str = FILE) -> FileChecksums:
         """Raises CorruptCheckpointError when the file does not verify itself."""
         body, seal = encoded[:-17], encoded[-17:]
         if seal != f"{digest(body):016x}\n".encode() or not body.startswith(_TITLE.encode()):
-            raise CorruptCheckpointError(f"{FILE} fails its own checksum")
+            raise CorruptCheckpointError(f"{path} fails its own checksum")
         files: dict[str, tuple[Digest, ...]] = {}
         for row in body.decode().splitlines()[1:]:
-            hexdigest, nbytes, path = row.split(" ", 2)
-            name = json.loads(path)
+            hexdigest, nbytes, quoted = row.split(" ", 2)
+            name = json.loads(quoted)
             files[name] = (*files.get(name, ()), (hexdigest, int(nbytes)))
         return cls(files)
 

@@ -48,7 +48,8 @@ class Database:
     def __init__(self, directory: str, *, verify: bool = True) -> None:
         self._directory = directory
         self._verify = verify
-        checksums = ArrayChecksums.decode(_read_file(os.path.join(directory, ARRAY_FILE)))
+        table = os.path.join(directory, ARRAY_FILE)
+        checksums = ArrayChecksums.decode(_read_file(table), table)
         self._checksums = checksums
         self._pieces = {name: checksums.of(name) for name in checksums.files}
         self._entries = self._read_index()
