@@ -139,10 +139,10 @@ class CheckpointHook:
             # The loop went back, or begins with the step that was restored, or repeats the one that it saved.
             self._follow(step if step == self._saved_step else step - 1)
         self._last_step = step
-        if self._checkpointer.failure is not None:
-            self._raise_or_warn()
         if self._notice.received or (self._asks_runtime and self._preempted_at(step)):
             return self._leave(step, state, metrics, metadata, items)
+        if self._checkpointer.failure is not None:
+            self._raise_or_warn()
         if step < self._next_step and not (self._watches_time and self._is_time(step)):
             return False
         return self._save(step, state, metrics, metadata, items)
@@ -263,6 +263,12 @@ class CheckpointHook:
     def _leave(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
         """Saves, waits for the commit, and raises `Preempted`."""
         self._preempted = True
+        try:
+            self.manager.wait()
+        except CheckpointError as error:
+            # There may be no later call to raise it, and the state of this step must not be lost with that one.
+            _log.error("%s; step %d is saved before leaving", error, step)
+            self._saved_step = -1
         started = step != self._saved_step
         if started:
             self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)

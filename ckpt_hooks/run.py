@@ -20,7 +20,7 @@ from ckpt_hooks.errors import (
     UnwritableDirectoryError,
     explain_os_error,
 )
-from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_orbax_metrics
+from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
 from ckpt_hooks.temporary_paths import absolute_path, is_committed
@@ -29,6 +29,7 @@ __all__ = ["METRICS_ITEM", "RunDirectory"]
 
 METRICS_ITEM = "metrics"
 _METRICS_FILE = f"{METRICS_ITEM}/{METRICS_ITEM}"  # where Orbax's CheckpointManager keeps its metrics
+_JSON_TYPESTR = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
 _STEP_NAME = re.compile(r"0|[1-9]\d*")
 
 _log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class RunDirectory:
                 content = json.loads(file.read())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return {}
-        return content if isinstance(content, dict) else {}
+        return _finite_or_named(content) if isinstance(content, dict) else {}
 
     def problems(self, step: int) -> list[str]:
         """Reads every byte of a step and names what is not as it was saved; for ours only."""
@@ -139,6 +140,10 @@ class RunDirectory:
             return
         try:
             commit.make_parents(self.path)
+        except FileExistsError as error:
+            raise UnwritableDirectoryError(
+                f"cannot make directory {self.path}: {error.filename} is a file. Choose another path."
+            ) from error
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
         self._lock = commit.DirectoryLock(self.path)
@@ -179,12 +184,12 @@ class RunDirectory:
 
     def remove(self, step: int) -> None:
         """Removes a step; a reader sees all of it or nothing."""
+        self._forget(step)
         path = self.step_path(step)
         try:
             commit.remove_tree(path)
         except OSError as error:
             raise explain_os_error(error, f"cannot remove {path}") from error
-        self._forget(step)
 
     def _forget(self, step: int) -> None:
         self.known.discard(step)
@@ -200,7 +205,7 @@ class RunDirectory:
         if not os.path.exists(os.path.join(path, METRICS_ITEM, "_METADATA")):  # not a part of the state
             changed[_METRICS_FILE] = json.dumps(to_orbax_metrics(merged)).encode()
             if isinstance(item_handlers, Mapping):
-                item_handlers = {**item_handlers, METRICS_ITEM: JSON_TYPESTR}
+                item_handlers = {**item_handlers, METRICS_ITEM: _JSON_TYPESTR}
         content = {
             **metadata.to_json(),
             "item_handlers": item_handlers,
@@ -226,4 +231,7 @@ class RunDirectory:
             commit.replace_file(os.path.join(path, FILE), checksums.replacing(changed).encode())
 
 
-JSON_TYPESTR = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
+def _finite_or_named(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Orbax's metrics, which may be anything, as ours are: numbers, with names for those that are not finite."""
+    numbers = {name: value for name, value in content.items() if isinstance(value, int | float)}
+    return to_json_numbers(numbers)

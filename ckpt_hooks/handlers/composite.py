@@ -186,8 +186,14 @@ class CompositeCheckpointHandler(CheckpointHandler):
 
     def _write_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
         del directory
+        errors = []
         for name, item in staged.items():
-            item.write(self._unfinished[name].get())
+            try:
+                item.write(self._unfinished[name].get())
+            except BaseException as error:  # what the other items have begun must end before the files are removed
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def save(self, directory: epath.Path, args: CompositeArgs) -> None:
         staged = self.stage(args)

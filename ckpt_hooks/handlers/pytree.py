@@ -128,9 +128,11 @@ class Plan:
         numbers = itertools.count()
         self._array_numbers = [next(numbers) if leaf.array else -1 for leaf in self._leaves]
         self.layout = Layout([leaf.array for leaf in self._leaves if leaf.array], num_processes)
-        # A part of a state that is None: Orbax's StandardCheckpointHandler refuses to restore it.
+        # A part of a state that is None, and Python's complex numbers: what Orbax's StandardCheckpointHandler
+        # refuses to restore, its other one does.
         is_none = [leaf.keys for leaf in named if leaf.is_empty and tree.empty_type(leaf.value) == "None"] == [()]
-        self.recorded_name = _ORBAX_PYTREE_HANDLER if is_none else None
+        is_complex = any(isinstance(leaf.value, complex) for leaf in named)
+        self.recorded_name = _ORBAX_PYTREE_HANDLER if is_none or is_complex else None
         self._array_metadata = array_metadata_file(self._leaves)
         self._primary_files = {
             tree.METADATA_FILE: tree_metadata_file(named, self._leaves),

@@ -75,6 +75,8 @@ def make_parents(path: str) -> None:
     """Makes a directory and its parents, where they are not there, so that a power cut leaves them."""
     missing = []
     while not os.path.isdir(path):
+        if os.path.lexists(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         missing.append(path)
         path = os.path.dirname(path)
     for folder in reversed(missing):
