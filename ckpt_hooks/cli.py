@@ -92,7 +92,7 @@ def _show(manager: CheckpointManager, options: argparse.Namespace) -> int:
         if item is None:
             continue  # JSON and iterators describe nothing, and the metrics stand above
         print(f"\n{name or 'the state'}:")
-        for leaf_name, leaf in tree.walk(item):
+        for leaf_name, leaf in tree.named_leaves(item).items():
             print(f"  {leaf_name or '(the item itself)'}  {_describe(leaf)}")
     return 0
 
@@ -109,7 +109,7 @@ def _verify(manager: CheckpointManager, options: argparse.Namespace) -> int:
 
 
 def _diff(manager: CheckpointManager, options: argparse.Namespace) -> int:
-    one, other = (dict(tree.walk(manager.restore(step=step))) for step in options.steps)
+    one, other = (tree.named_leaves(manager.restore(step=step)) for step in options.steps)
     differs = False
     for name in sorted(one.keys() | other.keys()):
         line = _difference(one, other, name)

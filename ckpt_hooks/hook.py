@@ -270,6 +270,8 @@ class CheckpointHook:
             _log.error("%s; step %d is saved before leaving", error, step)
             self._saved_step = -1
         started = step != self._saved_step
+        if not self._asks_runtime and not started:
+            started = self.manager.latest_step() != step  # its save has failed, and somebody else was told
         if started:
             self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)
             self._saved_step = step

@@ -53,18 +53,17 @@ class SavedTree:
         item = os.path.basename(self._directory)
         if like is NO_TARGET:
             return self._restore_plain()
-        named = tree.flatten(like)
-        match(self.leaves, named, cast=cast, item=item)
-        targets = [leaf for leaf in named if not leaf.is_empty]
-        names = [leaf.name for leaf in targets]
+        targets = tree.named_leaves(like)
+        match(self.leaves, targets, cast=cast, item=item)
+        names = list(targets)
         arrays = self._read(names)
         values: list[Any] = [
             self._strings[name]
             if name in self._strings
-            else fit(name, self.leaves[name], arrays[name], leaf.value, cast=cast)
-            for name, leaf in zip(names, targets, strict=True)
+            else fit(name, self.leaves[name], arrays[name], target, cast=cast)
+            for name, target in targets.items()
         ]
-        place_on_devices(names, values, [leaf.value for leaf in targets])
+        place_on_devices(names, values, list(targets.values()))
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
 
     def _restore_plain(self) -> Any:

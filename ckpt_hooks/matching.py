@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_hooks import tree
+from ckpt_hooks.devices import put_bound, put_free
 from ckpt_hooks.errors import StructureMismatchError
 from ckpt_hooks.leaves import is_prng_key
 from ckpt_hooks.storage.reader import ArrayInfo
@@ -38,9 +39,8 @@ class SavedLeaf:
         return f"{self.info.dtype}{list(self.info.shape)}"
 
 
-def match(saved: Mapping[str, SavedLeaf], like: Sequence[tree.Leaf], *, cast: bool, item: str) -> None:
-    """Raises StructureMismatchError that lists every leaf of `like` and `saved` that does not fit."""
-    wanted = {leaf.name: leaf.value for leaf in like if not leaf.is_empty}
+def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], *, cast: bool, item: str) -> None:
+    """Raises StructureMismatchError that lists every leaf, wanted or saved, that does not fit."""
     problems = []
     unexpected = [name for name in saved if name not in wanted]
     for name, value in wanted.items():
@@ -166,12 +166,11 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
                 free.append(number)
             else:
                 bound.append((number, sharding))
-    placed = jax.device_put([values[number] for number in free])
-    for number, value in zip(free, placed, strict=True):
+    for number, value in zip(free, put_free([values[number] for number in free]), strict=True):
         values[number] = _as_weak_as(like[number], value)
-    placed = jax.device_put([values[number] for number, _ in bound], [sharding for _, sharding in bound])
+    placed = put_bound([values[number] for number, _ in bound], [sharding for _, sharding in bound])
     for (number, _), value in zip(bound, placed, strict=True):
-        values[number] = value
+        values[number] = _as_weak_as(like[number], value)
 
 
 def _check_width(name: str, dtype: Any) -> None:
@@ -189,5 +188,5 @@ def _as_weak_as(like: Any, value: jax.Array) -> jax.Array:
     if getattr(like, "weak_type", False) and not value.weak_type and value.ndim == 0:
         weak = jnp.asarray(value.item())
         if weak.dtype == value.dtype:
-            return weak
+            return jax.device_put(weak, value.sharding) if value.committed else weak
     return value

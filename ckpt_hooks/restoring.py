@@ -154,15 +154,17 @@ class _Checkpoint:
             args[name] = self._args(name, part, with_target=with_target, cast=cast)
         for name in objects:
             args[name] = IteratorRestoreArgs()
-        handler = CompositeCheckpointHandler(**dict.fromkeys(args))
+        handler = CompositeCheckpointHandler(*args)
         path = epath.Path(self.path)
         restored = read_checkpoint(handler, path, CompositeArgs(**args)) if args else CompositeArgs()
-        return dict(restored.items())
+        nothing = {name for name in parts.keys() & self.trees if with_target and parts[name] is None}
+        return {name: None if name in nothing else value for name, value in restored.items()}
 
     def _args(self, name: str, part: Any, *, with_target: bool, cast: bool) -> CheckpointArgs | None:
         if name in self.saved and name not in self.trees:
             return None  # JSON, an iterator's state, somebody's own: by what the checkpoint says of it
-        return StandardRestoreArgs(part, cast=cast) if with_target else StandardRestoreArgs()
+        # To the handler None means no target; a target that is None holds as many leaves as an empty tuple.
+        return StandardRestoreArgs(() if part is None else part, cast=cast) if with_target else StandardRestoreArgs()
 
     def restorable(self, objects: Mapping[str, Any]) -> list[str]:
         """What a restore without a target returns: everything but the metrics, which are metadata."""

@@ -6,6 +6,7 @@ fields. Anything else is the single item ``state``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,10 @@ def join(like: Any, parts: Mapping[str, Any]) -> Any:
         return parts[WHOLE]
     values = [parts[name] for name in named]
     if _is_plain_dataclass(like):
-        return dataclasses.replace(like, **dict(zip(named, values, strict=True)))
+        state = copy.copy(like)  # and not replace(), which takes no init=False field and runs __post_init__ again
+        for name, value in zip(named, values, strict=True):
+            object.__setattr__(state, name, value)
+        return state
     structure = jax.tree_util.tree_structure(like, is_leaf=lambda node: node is not like)
     return jax.tree_util.tree_unflatten(structure, values)
 

@@ -19,6 +19,7 @@ import pytest
 
 import ckpt_hooks
 from ckpt_hooks import CheckpointHook, CheckpointManager, Preempted
+from ckpt_hooks.errors import SaveFailedError
 
 REPOSITORY = Path(ckpt_hooks.__file__).parents[1]
 
@@ -291,10 +292,11 @@ def test_without_raising_the_call_says_whether_it_saved(tmp_path: Path, heard: l
         assert not hook(2, state_at(2))
 
 
+@pytest.mark.parametrize("is_known", [False, True])
 def test_a_failed_save_is_saved_again_before_leaving(
-    tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch, is_known: bool
 ) -> None:
-    """A preemption at a step whose background save has failed saves it again rather than leave without it."""
+    """A preemption at a step whose background save has failed, told or not, saves it again before leaving."""
     from ckpt_hooks.storage import commit
 
     def fail(*arguments: Any, **options: Any) -> None:
@@ -307,6 +309,10 @@ def test_a_failed_save_is_saved_again_before_leaving(
             for thread in threading.enumerate():
                 if thread.name.startswith("ckpt_hooks"):
                     thread.join()
+        if is_known:
+            with pytest.raises(SaveFailedError):
+                hook.wait()
+            assert not hook(4, state_at(4))
         terminate()
         with pytest.raises(Preempted):
             hook(5, state_at(5))

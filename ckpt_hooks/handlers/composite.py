@@ -17,6 +17,7 @@ from ckpt_hooks.errors import (
     InvalidArgumentError,
     InvalidArgumentTypeError,
     ItemNotFoundError,
+    StructureMismatchError,
 )
 from ckpt_hooks.handlers.base import (
     CheckpointArgs,
@@ -35,10 +36,20 @@ from ckpt_hooks.handlers.legacy import recorded_name, wrap_legacy
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler
 from ckpt_hooks.metadata import METADATA_FILE, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 from ckpt_hooks.storage.checksums import FileChecksums
-from ckpt_hooks.temporary_paths import FileOptions, NestedTemporaryPath, TemporaryPath, is_temporary
+from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.temporary_paths import (
+    TREE_METADATA_FILE,
+    FileOptions,
+    NestedTemporaryPath,
+    TemporaryPath,
+    is_temporary,
+)
 
 __all__ = ["CompositeArgs", "CompositeCheckpointHandler", "CompositeOptions", "CompositeResults"]
+
+_TAKEN_NAMES = frozenset({".", "..", METADATA_FILE, CHECKSUMS_FILE, COMMIT_MARKER, TREE_METADATA_FILE})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +71,7 @@ class CompositeArgs(CheckpointArgs):
 
     _items: dict[str, Any]
 
-    def __init__(self, **items: Any) -> None:
+    def __init__(self, /, **items: Any) -> None:
         for name in items:
             if name.startswith("__"):
                 raise InvalidArgumentError(f"item names do not start with two underscores: {name!r}")
@@ -226,6 +237,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         saved = sorted({*_item_directories(directory), *(checksums.items() if checksums else ())})
         wanted = dict.fromkeys(saved) if args is None or not len(args) else dict(args.items())
         results = {}
+        mismatches: list[StructureMismatchError] = []
         for name, item_args in wanted.items():
             if name not in saved and name not in recorded:
                 raise ItemNotFoundError(f"{directory} has no item {name!r}; there are {saved}")
@@ -233,7 +245,14 @@ class CompositeCheckpointHandler(CheckpointHandler):
                 raise CorruptCheckpointError(f"{directory / name} is missing: the item was saved")
             if checksums is not None:
                 checksums.check(os.fspath(directory), below=name)
-            results[name] = self._restore_item(directory / name, item_args, recorded.get(name), bool(args))
+            try:
+                results[name] = self._restore_item(directory / name, item_args, recorded.get(name), bool(args))
+            except StructureMismatchError as error:
+                mismatches.append(error)  # every item's, so that one attempt tells all
+        if len(mismatches) > 1:
+            raise StructureMismatchError("\n".join(map(str, mismatches)))
+        if mismatches:
+            raise mismatches[0]
         return CompositeArgs(**results)
 
     def _restore_item(self, path: epath.Path, args: Any, recorded: str | None, asked: bool) -> Any:
@@ -357,7 +376,7 @@ def _is_known(recorded: str | None, *, besides: type) -> bool:
 
 
 def _check_item(name: str, args: Any) -> None:
-    if not name or "/" in name or name in (".", "..") or is_temporary(name):
+    if not name or "/" in name or name in _TAKEN_NAMES or is_temporary(name):
         raise InvalidArgumentError(f"{name!r} cannot be an item's name: it names a directory of its own")
     if args is None:
         raise InvalidArgumentError(f"item {name!r}: nothing to save was given (None)")

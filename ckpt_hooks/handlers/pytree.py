@@ -142,7 +142,10 @@ class Plan:
     @classmethod
     def of(cls, item: Any, num_processes: int) -> tuple[Plan, Sequence[Any]]:
         """The plan of a tree, from the cache where its structure was met before, and the tree's leaves."""
-        leaves, structure = jax.tree_util.tree_flatten(item)
+        try:
+            leaves, structure = jax.tree_util.tree_flatten(item)
+        except (TypeError, ValueError) as error:  # keys that cannot be sorted
+            raise UnsupportedLeafError(f"the tree cannot be flattened by JAX: {error}") from error
         key: Hashable = (structure, num_processes, *map(_signature, leaves))
         try:
             with _cache_lock:

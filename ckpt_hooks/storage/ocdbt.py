@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -53,8 +54,7 @@ MANIFEST_TIME = slice(-9, -1)
 U64 = npt.NDArray[np.uint64]
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a value stands: in `inline`, or at `offset` of `file`, `nbytes` long."""
 
     nbytes: int

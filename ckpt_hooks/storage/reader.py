@@ -95,14 +95,13 @@ class Database:
         return entries
 
     def _chunks(self, name: str, info: ArrayInfo) -> Iterator[tuple[tuple[int, ...], ocdbt.Entry]]:
-        expected_nbytes = math.prod(info.chunk_shape) * info.dtype.itemsize
         if 0 in info.shape:
             return
-        counts = [-(-n // c) for n, c in zip(info.shape, info.chunk_shape, strict=True)]
-        for position in np.ndindex(*counts):
-            entry = self._entries.get(_key(name, ".".join(map(str, position)) or "0"))
+        expected_nbytes = math.prod(info.chunk_shape) * info.dtype.itemsize
+        for position, suffix in _grid(info.shape, info.chunk_shape):
+            entry = self._entries.get(_key(name, suffix))
             if entry is None or entry.nbytes != expected_nbytes:
-                raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {position}")
+                raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
             yield position, entry
 
     # -------------------------------------------------------------- bytes
@@ -252,6 +251,13 @@ def _read_file(path: str) -> bytes:
 
 def _key(name: str, suffix: str) -> bytes:
     return (f"{name}/{suffix}" if name else suffix).encode()
+
+
+@functools.lru_cache(maxsize=4096)
+def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """(position, key suffix) of every chunk; most arrays of a state share a few shapes."""
+    counts = [-(-n // c) for n, c in zip(shape, chunk_shape, strict=True)]
+    return [(position, ".".join(map(str, position)) or "0") for position in np.ndindex(*counts)]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,36 @@
+"""The benchmarks run and print their tables; what they measure is not asked here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+TABLES = {  # {benchmark: what stands in its tables}
+    "save": ["tiny: 3 leaves", "ours (A/A)", "orbax, tuned", "msgpack", "raw"],
+    "restore": ["tiny: 3 leaves", "ours (A/A)", "orbax v1, tuned", "msgpack", "raw"],
+    "blocking": ["; blocking", "; per leaf", "; stall"],
+    "interference": ["; training", "; lost", "; python", "no save"],
+    "hook": ["a call with nothing due", "a function"],
+    "growth": ["leaves, ms", "bytes, ms", "kept, ms", "exponent"],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # Orbax's own
+def test_a_benchmark_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every benchmark prints its tables and the machine's facts, appends to the history, and leaves nothing behind."""
+    scratch, history = tmp_path / "scratch", tmp_path / "history.jsonl"
+    scratch.mkdir()
+    arguments = ["--tiny", "--workloads", "tiny", "--directory", str(scratch), "--json", str(history)]
+
+    importlib.import_module(f"benchmarks.{name}").main(arguments)
+
+    printed = capsys.readouterr().out
+    assert [part for part in ["cores", "python", "jax", *TABLES[name]] if part not in printed] == []
+    run = json.loads(history.read_text())
+    assert run["benchmark"] == name
+    assert all(table["values"] for table in run["tables"])
+    assert list(scratch.iterdir()) == []
