@@ -29,6 +29,7 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.handlers.base import (
     CheckpointArgs,
+    StagedSave,
     args_for_handler,
     stage_with,
 )
@@ -56,7 +57,6 @@ from ckpt_hooks.temporary_paths import (
 __all__ = ["AsyncCheckpointer", "Checkpointer"]
 
 DEFAULT_TIMEOUT_SECS = 600.0
-
 _log = logging.getLogger(__name__)
 
 
@@ -85,16 +85,13 @@ class Checkpointer:
       checkpoint_metadata_store: how the step metadata is read and written; must block here.
       temporary_path_class: how the commit is made; `AtomicRenameTemporaryPath` where None.
 
-    >>> import numpy as np, tempfile
-    >>> from ckpt_hooks import Checkpointer, StandardCheckpointHandler
+    >>> import ckpt_hooks, numpy as np, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
-    >>> with Checkpointer(StandardCheckpointHandler()) as checkpointer:
+    >>> with Checkpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
     ...     checkpointer.save(path, {"w": np.arange(3.0)}, custom_metadata={"epoch": 1})
     ...     print(checkpointer.restore(path), checkpointer.metadata(path).custom_metadata)
     {'w': array([0., 1., 2.])} {'epoch': 1}
     """
-
-    _needs_blocking_store = True
 
     def __init__(
         self,
@@ -109,7 +106,7 @@ class Checkpointer:
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
         self._multiprocessing_options.check_membership()
         store = checkpoint_metadata_store
-        if store is not None and not store.is_blocking_writer and self._needs_blocking_store:
+        if store is not None and not store.is_blocking_writer and not isinstance(self, AsyncCheckpointer):
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
         self._store = store or metadata_store(
             enable_write=self._multiprocessing_options.is_primary(), blocking_write=True
@@ -159,10 +156,11 @@ class Checkpointer:
         save_args = args_for_handler(self._handler, True, *args, **kwargs)
         self.save_args(absolute_path(directory), save_args, force=force, custom_metadata=custom_metadata)
 
-    def save_args(self, directory: epath.Path, args: CheckpointArgs, **options: Any) -> None:
+    def save_args(self, directory: epath.Path, args: CheckpointArgs | StagedSave, **options: Any) -> None:
         """`save`, with one args object and the options that a `CheckpointManager` has besides.
 
         Args:
+          args: what to save, or what `stage` has made of it.
           options: `force` and `custom_metadata` as in `save`; `metrics`, recorded beside them; and
             `on_commit`, called in the primary process after the commit.
         """
@@ -173,10 +171,17 @@ class Checkpointer:
             failure = self._failed(save, error)
             raise failure from error if failure is not error else error.__cause__
 
+    def stage(self, args: CheckpointArgs) -> StagedSave:
+        """Takes what `args` wants saved, and refuses what cannot be; for `save_args`, and nothing is written yet."""
+        start_secs = time.perf_counter()
+        staged: StagedSave = self._stage(args)
+        events.record_duration_secs(events.WRITE_STAGE_SECS, time.perf_counter() - start_secs)
+        return staged
+
     def _begin(
         self,
         final: epath.Path,
-        args: CheckpointArgs,
+        args: CheckpointArgs | StagedSave,
         *,
         force: bool = False,
         custom_metadata: Mapping[str, Any] | None = None,
@@ -195,9 +200,8 @@ class Checkpointer:
             self._barrier("save_start", operation)
             if os.path.lexists(final):
                 check_destination(final, self._temporary_path_class, force=force)
-            staged = self._stage(args)
+            staged = args if isinstance(args, StagedSave) else self.stage(args)
             staged_secs = time.perf_counter()
-            events.record_duration_secs(events.WRITE_STAGE_SECS, staged_secs - start_secs)
             self._create(temporary, final, staged.nbytes, operation)
             if staged.begin is not None:
                 staged.begin(temporary.get())
@@ -327,17 +331,14 @@ class AsyncCheckpointer(Checkpointer):
     Args:
       timeout_secs: bounds every wait for another process.
 
-    >>> import numpy as np, tempfile
-    >>> from ckpt_hooks import AsyncCheckpointer, StandardCheckpointHandler
+    >>> import ckpt_hooks, numpy as np, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
-    >>> with AsyncCheckpointer(StandardCheckpointHandler()) as checkpointer:
+    >>> with AsyncCheckpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
     ...     checkpointer.save(path, {"w": np.arange(3.0)})
     ...     checkpointer.wait_until_finished()
     ...     print(checkpointer.restore(path))
     {'w': array([0., 1., 2.])}
     """
-
-    _needs_blocking_store = False
 
     def __init__(self, handler: Any, *, timeout_secs: float = DEFAULT_TIMEOUT_SECS, **options: Any) -> None:
         if timeout_secs <= 0:
@@ -349,7 +350,7 @@ class AsyncCheckpointer(Checkpointer):
         self._is_idle.set()
         events.record_event(events.ASYNC_CHECKPOINTER_INIT)
 
-    def save_args(self, directory: epath.Path, args: CheckpointArgs, **options: Any) -> None:
+    def save_args(self, directory: epath.Path, args: CheckpointArgs | StagedSave, **options: Any) -> None:
         start_secs = time.perf_counter()
         self.wait_until_finished()
         save = self._begin(directory, args, **options)

@@ -133,8 +133,9 @@ class CheckpointManager:
         custom = {"step": step, "metrics": numbers}
         if metadata is not None:
             custom |= _checked_metadata(metadata)
-        args = self._save_args(state, numbers, items)
         self.wait()
+        # What cannot be saved is refused here, before the run is locked, made, or cleared of damaged steps.
+        staged = self.checkpointer.stage(self._save_args(state, numbers, items))
         run = self._run
         if not run.is_locked:
             run.lock()
@@ -150,7 +151,7 @@ class CheckpointManager:
             run.make_way(step)
         self.checkpointer.save_args(
             path,
-            args,
+            staged,
             force=force,
             custom_metadata=custom,
             metrics=numbers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -49,6 +50,7 @@ _NOT_DAMAGE = (
     UnsupportedLeafError,
     MemoryError,
 )
+_NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
 
@@ -62,6 +64,8 @@ def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
         except _NOT_DAMAGE:
             raise
         except Exception as error:  # another library's damage comes in every class
+            if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
+                raise
             reason = f"{type(error).__name__}: {error}"
             _log.error("step %d of %s is rejected: %s", step, run.path, reason)
             events.record_event(events.READ_REJECTED, step=step)
@@ -71,6 +75,7 @@ def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
         if rejected:
             _log.warning("step %d of %s is restored instead of %s", step, run.path, sorted(rejected))
         return step, restored
+    rejected = {**run.rejected, **rejected}  # an earlier call may have found some
     if rejected:
         reasons = "\n".join(f"  step {step}: {reason}" for step, reason in rejected.items())
         raise NoValidCheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -1155,5 +1156,42 @@ def test_an_object_that_fails_to_give_its_state_stops_the_save(make: Make, run: 
         manager.save(1, state_at(1), data=Exploding())
     assert any("'data'" in note for note in error.value.__notes__)
     assert manager.steps() == []
-    assert list(run.iterdir()) == []
+    assert not run.exists()
     save_steps(manager, 1)
+
+
+def test_a_refused_state_leaves_nothing_and_moves_nothing(tmp_path: Path) -> None:
+    """A leaf that cannot be saved is refused before the run's directory is made or a damaged step set aside."""
+    with CheckpointManager(tmp_path / "run") as manager, pytest.raises(ValueError, match="f: a function"):
+        manager.save(1, {"params": {"f": print}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_only_rejected_steps_left_is_not_empty(tmp_path: Path) -> None:
+    """After the step that was restored instead is deleted, a damaged one that is left still forbids a fresh start."""
+    with CheckpointManager(tmp_path, keep=None) as manager:
+        for step in (1, 2):
+            manager.save(step, {"params": {"w": np.arange(1000) + step}})
+        manager.wait()
+        (tmp_path / "2" / "params" / "manifest.ocdbt").unlink()
+        assert manager.restore()["params"]["w"][0] == 1
+        manager.delete(1)
+        with pytest.raises(NoValidCheckpointError, match=r"step 2: .*manifest"):
+            manager.restore()
+
+
+def test_too_many_open_files_are_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reason that lies with this process is raised, and no older checkpoint is taken for the newest."""
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, {"params": {"w": np.arange(1000) + step}})
+        manager.wait()
+
+        def refuse(*_: object, **__: object) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr("ckpt_hooks.storage.reader.os.open", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            manager.restore()
+        monkeypatch.undo()
+        assert manager.restore()["params"]["w"][0] == 2
