@@ -1,0 +1,14 @@
+"""How fast the library is, beside Orbax, safetensors, flax's msgpack and the disk itself.
+
+One command a table; each compares everybody in one process, in alternating rounds, on the same bytes::
+
+    python -m benchmarks.save           # to durable
+    python -m benchmarks.restore        # into jax.Array, page cache warm
+    python -m benchmarks.blocking       # what an asynchronous save takes from the training loop
+    python -m benchmarks.interference   # a training loop while a save runs behind it
+    python -m benchmarks.hook           # a call of the hook with nothing due
+    python -m benchmarks.growth         # time against leaves, bytes and kept checkpoints
+
+They need ``pip install -e '.[orbax,bench]'``. All take ``--rounds``, ``--workloads``, ``--scale``, ``--directory``,
+``--json``, ``--plot`` and ``--tiny``.
+"""

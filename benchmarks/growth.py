@@ -1,0 +1,166 @@
+"""How the time grows with leaves, with bytes and with kept checkpoints, and with which power of them.
+
+    python -m benchmarks.growth
+    python -m benchmarks.growth --max-bytes 4294967296 --rounds 5
+
+An exponent of 1 is linear growth, 0 is none. It is fitted where the fixed cost no longer counts: to sizes of at least
+1,000 leaves, 16 MiB, and to all numbers of checkpoints. Figures are medians, except that of the first save of a
+structure, for which its plan is made: there is only one.
+
+leaves: arrays of 1 KiB.    bytes: one array.    kept: checkpoints of three small leaves in one run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from benchmarks.contestants import savers
+from benchmarks.options import Options, empty_directory, parser_of
+from benchmarks.report import Report
+from benchmarks.timing import Series, seconds_of
+from benchmarks.workloads import WORKLOADS, Shapes, State, abstract, noise
+from ckpt_hooks import CheckpointManager
+
+__all__ = ["main"]
+
+_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--max-leaves", type=int, default=100_000)
+    parser.add_argument("--max-bytes", type=int, default=_GIB)
+    parser.add_argument("--max-kept", type=int, default=10_000)
+    parsed = parser.parse_args(argv)
+    if parsed.tiny:
+        parsed.max_leaves, parsed.max_bytes, parsed.max_kept = 10, 16 * _KIB, 10
+    options = Options.of(parsed)
+    report = Report("growth", options)
+
+    leaves = _powers(1, 10, parsed.max_leaves)
+    _add(report, "leaves", leaves, 1000, _of_states(leaves, _many_leaves, options))
+    nbytes = _powers(_KIB, 4, parsed.max_bytes)
+    _add(report, "bytes", nbytes, 16 * _MIB, _of_states(nbytes, _one_leaf, options))
+    kept = _powers(1, 10, parsed.max_kept)
+    _add(report, "kept", kept, 0, _of_runs(kept, options))
+    report.close()
+
+
+def _powers(first: int, factor: int, last: int) -> list[int]:
+    sizes = [first]
+    while sizes[-1] * factor <= last:
+        sizes.append(sizes[-1] * factor)
+    return sizes
+
+
+def _add(report: Report, title: str, sizes: Sequence[int], linear_from: int, series: Series) -> None:
+    exponents = {name: [_exponent(sizes, values, linear_from)] for name, values in series.items()}
+    report.add_growth(title, "ms", sizes, series, exponents)
+
+
+def _exponent(sizes: Sequence[int], values: Sequence[float], linear_from: int) -> float:
+    """That of the power that fits best, by least squares of the logarithms.
+
+    >>> round(_exponent([1, 10, 100], [5.0, 50.0, 500.0], 0), 3)
+    1.0
+    """
+    points = [(size, value) for size, value in zip(sizes, values, strict=True) if size >= linear_from]
+    if len(points) < 2:
+        points = list(zip(sizes, values, strict=True))
+    x, y = np.log(points).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _median_ms(rounds: int, action: Callable[[], object], clean_up: Callable[[], object] = lambda: None) -> float:
+    def once() -> float:
+        os.sync()
+        seconds = seconds_of(action)
+        clean_up()
+        return seconds
+
+    return 1e3 * statistics.median(once() for _ in range(rounds))
+
+
+# ------------------------------------------------------------------ leaves and bytes
+
+
+def _many_leaves(number: int) -> Shapes:
+    return {f"leaf_{leaf}": (_KIB // 4,) for leaf in range(number)}
+
+
+def _one_leaf(nbytes: int) -> Shapes:
+    return {"leaf": (nbytes // 4,)}
+
+
+def _of_states(sizes: Sequence[int], shapes: Callable[[int], Shapes], options: Options) -> Series:
+    ours = savers()[0]
+    series: Series = {"first save": [], "save": [], "restore": []}
+    _time_state(noise({"warm": (1,), "up": (1,)}), ours.save, ours.restore, options)
+    for size in sizes:
+        times = _time_state(noise(shapes(size)), ours.save, ours.restore, options)
+        for values, milliseconds in zip(series.values(), times, strict=True):
+            values.append(milliseconds)
+    return series
+
+
+def _time_state(
+    state: State, save: Callable[[str, State], object], restore: Callable[[str, State], object], options: Options
+) -> tuple[float, float, float]:
+    with empty_directory(options.directory) as directory:
+        path = os.path.join(directory, "checkpoint")
+        save_state = functools.partial(save, path, state)
+        first = _median_ms(1, save_state)
+        shutil.rmtree(path)
+        later = _median_ms(options.rounds, save_state, functools.partial(shutil.rmtree, path))
+        save_state()
+        like = abstract(state)
+        restored = _median_ms(options.rounds, lambda: jax.block_until_ready(restore(path, like)))
+    return first, later, restored
+
+
+# ------------------------------------------------------------------ kept checkpoints
+
+
+def _of_runs(sizes: Sequence[int], options: Options) -> Series:
+    series: Series = {"open": [], "latest_step": [], "restore": [], "first save": []}
+    state = WORKLOADS["tiny"].make(1.0)
+    like = abstract(state)
+    with empty_directory(options.directory) as run:
+        for size in sizes:
+            _fill(run, state, size)
+            with CheckpointManager(run) as manager:
+                assert manager.latest_step() == size
+                series["latest_step"].append(_median_ms(options.rounds, manager.latest_step))
+                series["restore"].append(_median_ms(options.rounds, functools.partial(manager.restore, like)))
+            series["open"].append(_median_ms(options.rounds, lambda: CheckpointManager(run).close()))
+            added = functools.partial(shutil.rmtree, os.path.join(run, str(size + 1)))
+            save = functools.partial(_save_next, run, state, size + 1)
+            series["first save"].append(_median_ms(options.rounds, save, added))
+    return series
+
+
+def _save_next(run: str, state: State, step: int) -> None:
+    """Starts as a new process does: takes the lock, looks at what there is, saves."""
+    with CheckpointManager(run, keep=None, async_save=False) as manager:
+        manager.save(step, state)
+
+
+def _fill(run: str, state: State, number: int) -> None:
+    """Checkpoints of the steps 1 to `number`; all but the first are its files under other names."""
+    if not os.listdir(run):
+        _save_next(run, state, 1)
+    for step in range(2, number + 1):
+        path = os.path.join(run, str(step))
+        if not os.path.exists(path):
+            shutil.copytree(os.path.join(run, "1"), path, copy_function=os.link)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The command line that all benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from benchmarks.workloads import WORKLOADS, Workload
+
+__all__ = ["Options", "empty_directory", "parse", "parser_of"]
+
+_TINY_SCALE = 0.002
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What was asked for.
+
+    Attributes:
+      rounds: how often everybody runs.
+      workloads: what is saved.
+      scale: how much of each workload.
+      directory: where checkpoints are written, and removed.
+      json, plot: files to write, or None.
+      tiny: whether only to see that all of it works.
+    """
+
+    rounds: int
+    workloads: tuple[Workload, ...]
+    scale: float
+    directory: str
+    json: str | None
+    plot: str | None
+    tiny: bool
+
+    @classmethod
+    def of(cls, parsed: argparse.Namespace) -> Options:
+        return cls(
+            rounds=2 if parsed.tiny else parsed.rounds,
+            workloads=tuple(WORKLOADS[name] for name in parsed.workloads),
+            scale=_TINY_SCALE if parsed.tiny else parsed.scale,
+            directory=parsed.directory,
+            json=parsed.json,
+            plot=parsed.plot,
+            tiny=parsed.tiny,
+        )
+
+
+def parser_of(description: str | None, *, workloads: Sequence[str] = tuple(WORKLOADS)) -> argparse.ArgumentParser:
+    """For a benchmark with options of its own; `workloads` are the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="how often everybody runs (default: %(default)s)")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=WORKLOADS, default=workloads, help=f"default: {' '.join(workloads)}"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="how much of each workload (default: all)")
+    parser.add_argument("--directory", default=tempfile.gettempdir(), help="on the disk to measure")
+    parser.add_argument("--json", metavar="FILE", help="append the results, one line a run")
+    parser.add_argument("--plot", metavar="FILE", help="draw the results; needs matplotlib")
+    parser.add_argument("--tiny", action="store_true", help="two rounds of next to nothing: does it work?")
+    return parser
+
+
+def parse(
+    description: str | None, argv: Sequence[str] | None, *, workloads: Sequence[str] = tuple(WORKLOADS)
+) -> Options:
+    """For a benchmark without options of its own."""
+    return Options.of(parser_of(description, workloads=workloads).parse_args(argv))
+
+
+@contextlib.contextmanager
+def empty_directory(parent: str) -> Iterator[str]:
+    """A new directory that is gone afterwards."""
+    path = tempfile.mkdtemp(prefix="benchmark-", dir=os.path.abspath(parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""Fair comparison on a machine that is never quiet: alternating rounds, medians, and ratios within a round.
+
+A round runs every contestant once, in an order that is shuffled anew, so that a slow minute of the machine meets all
+of them and nobody always follows the same neighbour. The ratio of two contestants is taken round by round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["Measurement", "Series", "Spread", "alternate", "ratios", "seconds_of"]
+
+Measurement = Mapping[str, float]  # {quantity: value}, of one run
+Series = dict[str, list[float]]  # {contestant: one value a round}
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """How long `action` takes; what it returns is freed after the clock has stopped."""
+    start = time.perf_counter()
+    result = action()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def alternate(runs: Mapping[str, Callable[[], Measurement]], rounds: int, *, warm_ups: int = 1) -> dict[str, Series]:
+    """{quantity: {contestant: values}} of `rounds` alternating rounds, after `warm_ups` that do not count."""
+    shuffled = random.Random(0)
+    quantities: dict[str, Series] = {}
+    for number in range(-warm_ups, rounds):
+        for name in shuffled.sample(list(runs), len(runs)):
+            gc.collect()
+            os.sync()  # nobody writes back what another one left in the page cache
+            measured = runs[name]()
+            if number >= 0:
+                for quantity, value in measured.items():
+                    quantities.setdefault(quantity, {}).setdefault(name, []).append(value)
+    return {
+        quantity: {name: series[name] for name in runs if name in series} for quantity, series in quantities.items()
+    }
+
+
+def ratios(series: Series, one: str, other: str) -> list[float]:
+    """`one` / `other`, round by round."""
+    return [a / b if b else float("nan") for a, b in zip(series[one], series[other], strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """The middle of some values, and how far they go."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
