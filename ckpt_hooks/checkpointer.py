@@ -27,12 +27,7 @@ from ckpt_hooks.errors import (
     SaveFailedError,
     explain_os_error,
 )
-from ckpt_hooks.handlers.base import (
-    CheckpointArgs,
-    StagedSave,
-    args_for_handler,
-    stage_with,
-)
+from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
 from ckpt_hooks.loud_exit import untold
 from ckpt_hooks.metadata import (
@@ -259,11 +254,13 @@ class Checkpointer:
                 save.temporary.discard()
             except OSError as second:
                 _log.warning("cannot remove the failed save at %s: %s", save.final, second)
+        self.report_failure(save.final, error)
+        return explain_os_error(error, f"saving {save.final}") if isinstance(error, OSError) else error
+
+    def report_failure(self, final: epath.Path, error: BaseException) -> None:
+        """An event and a log line for a save that failed."""
         events.record_event(events.WRITE_FAILURE, reason=type(error).__name__)
-        _log.error("saving %s failed: %s: %s", save.final, type(error).__name__, error)
-        if not isinstance(error, OSError):
-            return error
-        return explain_os_error(error, f"saving {save.final}")
+        _log.error("saving %s failed: %s: %s", final, type(error).__name__, error)
 
     # -------------------------------------------------------------- restoring
 

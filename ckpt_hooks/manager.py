@@ -135,8 +135,13 @@ class CheckpointManager:
             custom |= _checked_metadata(metadata)
         self.wait()
         # What cannot be saved is refused here, before the run is locked, made, or cleared of damaged steps.
-        staged = self.checkpointer.stage(self._save_args(state, numbers, items))
-        run = self._run
+        run, path = self._run, epath.Path(f"{self._run.path}/{step}")
+        args = self._save_args(state, numbers, items)
+        try:
+            staged = self.checkpointer.stage(args)
+        except BaseException as error:
+            self.checkpointer.report_failure(path, error)
+            raise
         if not run.is_locked:
             run.lock()
         if not force and run.known and step <= max(run.known):
@@ -146,7 +151,6 @@ class CheckpointManager:
             )
         if self._ranks:
             retention.check_recorded(self._policies, self._all_metrics(), numbers)
-        path = epath.Path(f"{run.path}/{step}")
         if run.rejected or os.path.lexists(path):
             run.make_way(step)
         self.checkpointer.save_args(

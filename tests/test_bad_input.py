@@ -245,7 +245,8 @@ def run_as_nobody(*arguments: object) -> list[str]:
     if os.getuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("only root can become another user")
     become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    if subprocess.run([*become, sys.executable, "-c", f"import os; os.listdir({str(REPOSITORY)!r})"]).returncode:
+    probe = f"import os, numpy; os.listdir({str(REPOSITORY)!r})"
+    if subprocess.run([*become, sys.executable, "-c", probe], capture_output=True, cwd="/").returncode:
         pytest.skip("another user cannot read this Python or this repository")
     result = subprocess.run(
         [*become, sys.executable, "-c", AS_NOBODY, *map(str, arguments)],
