@@ -25,6 +25,8 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
+from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.temporary_paths import FileOptions
 from ckpt_hooks.triggers import Triggers, check_step
 
 __all__ = ["CheckpointHook"]
@@ -53,6 +55,7 @@ class CheckpointHook:
       on_save_error: "raise" raises the failure of a background save at the next call; "warn" logs it, goes on,
         and tries again at the next trigger.
       timeout_secs: bounds every wait for another process.
+      multiprocessing_options, file_options: as in `CheckpointManager`.
 
     >>> import numpy as np, tempfile
     >>> directory = tempfile.mkdtemp()
@@ -82,7 +85,8 @@ class CheckpointHook:
         async_save: bool = True,
         on_save_error: Literal["raise", "warn"] = "raise",
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
-        **manager_options: Any,
+        multiprocessing_options: MultiprocessingOptions | None = None,
+        file_options: FileOptions | None = None,
     ) -> None:
         if on_save_error not in ("raise", "warn"):
             raise InvalidArgumentError(f"on_save_error is 'raise' or 'warn', got {on_save_error!r}")
@@ -90,7 +94,12 @@ class CheckpointHook:
         self._warns = on_save_error == "warn"
         self._raises_preempted = raise_on_preemption
         self.manager = CheckpointManager(
-            directory, keep=keep, async_save=async_save, timeout_secs=timeout_secs, **manager_options
+            directory,
+            keep=keep,
+            async_save=async_save,
+            timeout_secs=timeout_secs,
+            multiprocessing_options=multiprocessing_options,
+            file_options=file_options,
         )
         # With jax.distributed, the runtime itself listens and tells all processes of one step; see `_preempted_at`.
         self._asks_runtime = save_on_preemption and processes.count() > 1
