@@ -235,7 +235,6 @@ class CheckpointHook:
           StructureMismatchError: the newest checkpoint does not fit `state`.
           NoValidCheckpointError: there are checkpoints and none verifies; it never starts afresh then.
         """
-        self.manager.wait()
         try:
             step, restored = self.manager.restore_with_step(state, **items)
         except CheckpointNotFoundError:

@@ -81,15 +81,15 @@ class CheckpointManager:
         # As long as there are no more than this many, all stay, and no policy need be asked.
         self._always_kept = max([policy.n for policy in self._policies if isinstance(policy, retention.LatestN)] or [0])
         self._ranks = not all(isinstance(policy, counting) for policy in self._policies)
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "multiprocessing_options": multiprocessing_options or MultiprocessingOptions(),
             "file_options": file_options or FileOptions(),
         }
         handler = CompositeCheckpointHandler(handler_registry=_registry())
         self.checkpointer: Checkpointer = (
-            AsyncCheckpointer(handler, timeout_secs=timeout_secs, **self._options)
+            AsyncCheckpointer(handler, timeout_secs=timeout_secs, **options)
             if async_save
-            else Checkpointer(handler, **self._options)
+            else Checkpointer(handler, **options)
         )
         events.record_event(events.MANAGER_INIT)
 
@@ -227,13 +227,13 @@ class CheckpointManager:
           ItemNotFoundError: (KeyError) an item was not saved.
           NoValidCheckpointError: (CorruptCheckpointError) none verifies; the message has each one's reason.
         """
-        self.wait()
         return self.restore_with_step(like, step=step, items=items, cast=cast, **objects)[1]
 
     def restore_with_step(
         self, like: Any = None, *, step: Any = None, items: Any = None, cast: bool = False, **objects: Any
     ) -> tuple[int, Any]:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
+        self.wait()
         for name, value in objects.items():
             _require_stateful(name, value)
         read = functools.partial(restore_checkpoint, like=like, items=items, cast=cast, objects=objects)

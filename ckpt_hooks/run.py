@@ -20,6 +20,8 @@ from ckpt_hooks.errors import (
     UnwritableDirectoryError,
     explain_os_error,
 )
+from ckpt_hooks.handlers.json import JsonCheckpointHandler
+from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
@@ -29,7 +31,6 @@ __all__ = ["METRICS_ITEM", "RunDirectory"]
 
 METRICS_ITEM = "metrics"
 _METRICS_FILE = f"{METRICS_ITEM}/{METRICS_ITEM}"  # where Orbax's CheckpointManager keeps its metrics
-_JSON_TYPESTR = "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler"
 _STEP_NAME = re.compile(r"0|[1-9]\d*")
 
 _log = logging.getLogger(__name__)
@@ -140,10 +141,6 @@ class RunDirectory:
             return
         try:
             commit.make_parents(self.path)
-        except FileExistsError as error:
-            raise UnwritableDirectoryError(
-                f"cannot make directory {self.path}: {error.filename} is a file. Choose another path."
-            ) from error
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
         self._lock = commit.DirectoryLock(self.path)
@@ -202,10 +199,10 @@ class RunDirectory:
         merged = {**self.metrics(step), **metrics}
         item_handlers = metadata.item_handlers
         changed = {}
-        if not os.path.exists(os.path.join(path, METRICS_ITEM, "_METADATA")):  # not a part of the state
+        if not StandardCheckpointHandler.recognizes(os.path.join(path, METRICS_ITEM)):  # not a part of the state
             changed[_METRICS_FILE] = json.dumps(to_orbax_metrics(merged)).encode()
             if isinstance(item_handlers, Mapping):
-                item_handlers = {**item_handlers, METRICS_ITEM: _JSON_TYPESTR}
+                item_handlers = {**item_handlers, METRICS_ITEM: JsonCheckpointHandler.typestr()}
         content = {
             **metadata.to_json(),
             "item_handlers": item_handlers,

@@ -27,6 +27,7 @@ from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 
 __all__ = [
     "AtomicRenameTemporaryPath",
@@ -41,7 +42,6 @@ __all__ = [
     "require_finalized",
 ]
 
-TREE_METADATA_FILE = "_METADATA"  # `tree.METADATA_FILE`, without loading JAX's part of the house
 
 _NEW_METADATA = StepMetadata().to_json()
 

@@ -29,21 +29,9 @@ from ckpt_hooks.errors import (
     UnsupportedLeafError,
 )
 from ckpt_hooks.storage import commit
+from tests.stateful import Counter
 
 MakeHook = Callable[..., CheckpointHook]
-
-
-class Counter:
-    """A stateful object, such as a data iterator."""
-
-    def __init__(self, position: int = 0) -> None:
-        self.position = position
-
-    def get_state(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 @pytest.fixture
@@ -584,7 +572,7 @@ def test_a_directory_that_is_a_file_is_refused_when_the_hook_is_made(tmp_path: P
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
     """A misspelt option is a TypeError."""
     with pytest.raises(TypeError, match="every_steps"):
-        CheckpointHook(tmp_path, every_steps=3)
+        CheckpointHook(tmp_path, every_steps=3)  # type: ignore[call-arg]
 
 
 # ------------------------------------------------------------------ context manager

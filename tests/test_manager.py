@@ -38,21 +38,9 @@ from ckpt_hooks.errors import (
     StructureMismatchError,
     UnsupportedLeafError,
 )
+from tests.stateful import Counter
 
 Make = Callable[..., CheckpointManager]
-
-
-class Counter:
-    """A stateful object, such as a data iterator."""
-
-    def __init__(self, position: int = 0) -> None:
-        self.position = position
-
-    def get_state(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
 
 @pytest.fixture

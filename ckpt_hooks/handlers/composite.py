@@ -40,12 +40,12 @@ from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
 from ckpt_hooks.temporary_paths import (
-    TREE_METADATA_FILE,
     FileOptions,
     NestedTemporaryPath,
     TemporaryPath,
     is_temporary,
 )
+from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 
 __all__ = ["CompositeArgs", "CompositeCheckpointHandler", "CompositeOptions", "CompositeResults"]
 

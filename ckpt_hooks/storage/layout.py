@@ -20,7 +20,7 @@ import numpy as np
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.checksums import DATA_FOLDER
 
-__all__ = ["ArraySpec", "ChunkId", "IndexNode", "Layout", "Segment", "data_file_name", "zarr_dtype"]
+__all__ = ["ArraySpec", "ChunkId", "IndexNode", "Layout", "Segment", "array_key", "data_file_name", "zarr_dtype"]
 
 ALIGNMENT_BYTES = 64
 _NODE_ENTRIES = 1 << 16  # keys in one leaf node of the index
@@ -51,7 +51,7 @@ class ArraySpec:
 
     def key(self, suffix: str) -> bytes:
         """A key of this array in the database."""
-        return (f"{self.name}/{suffix}" if self.name else suffix).encode()
+        return array_key(self.name, suffix)
 
     def metadata(self) -> bytes:
         """The array's ``.zarray`` (zarr v2)."""
@@ -76,6 +76,11 @@ def zarr_dtype(dtype: np.dtype) -> str:
     ('<f4', '|b1')
     """
     return dtype.name if dtype.isbuiltin == 2 else dtype.str  # 2: registered by ml_dtypes
+
+
+def array_key(name: str, suffix: str) -> bytes:
+    """A key of an array in the database; that of a bare leaf, which has no name, is the suffix alone."""
+    return (f"{name}/{suffix}" if name else suffix).encode()
 
 
 def data_file_name(process: int) -> str:

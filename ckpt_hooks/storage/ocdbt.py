@@ -45,6 +45,7 @@ _NODE_MAGIC = 0x0CDB20DE
 _MANIFEST_MAGIC = 0x0CDB3A2A
 _OUTER_HEADER = struct.Struct("<4sQBB")  # magic (big-endian on disk), length, version, compression
 _CRC_NBYTES = 4
+MANIFEST_FILE = "manifest.ocdbt"
 MAX_INLINE_VALUE_BYTES = 1024  # Orbax's setting, recorded in the manifest
 _MAX_DECODED_NODE_BYTES = 100_000_000  # likewise
 

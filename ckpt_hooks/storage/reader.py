@@ -18,10 +18,10 @@ from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.checksums import ARRAY_FILE, ArrayChecksums, check_piece
 from ckpt_hooks.storage.commit import run_parallel
+from ckpt_hooks.storage.layout import array_key
 
 __all__ = ["ArrayInfo", "Database", "dtype_from_zarr"]
 
-MANIFEST_FILE = "manifest.ocdbt"
 _SLAB_BYTES = 16 << 20  # small neighbours are read together; more would keep dead memory alive for one leaf
 _READ_BYTES = 16 << 20
 _THREADS = 2
@@ -61,7 +61,7 @@ class Database:
 
     def info(self, name: str) -> ArrayInfo:
         """Shape, dtype and chunks of an array."""
-        entry = self._entries.get(_key(name, ".zarray"))
+        entry = self._entries.get(array_key(name, ".zarray"))
         if entry is None or entry.inline is None:
             raise CorruptCheckpointError(f"{self._directory}: the index has no array {name!r}")
         return _parse_zarray(bytes(entry.inline))
@@ -83,7 +83,7 @@ class Database:
     # -------------------------------------------------------------- the index
 
     def _read_index(self) -> dict[bytes, ocdbt.Entry]:
-        root = ocdbt.decode_manifest(_read_file(os.path.join(self._directory, MANIFEST_FILE)))
+        root = ocdbt.decode_manifest(_read_file(os.path.join(self._directory, ocdbt.MANIFEST_FILE)))
         entries: dict[bytes, ocdbt.Entry] = {}
         pending = [] if root.child is None else [root.child]
         while pending:
@@ -99,7 +99,7 @@ class Database:
             return
         expected_nbytes = math.prod(info.chunk_shape) * info.dtype.itemsize
         for position, suffix in _grid(info.shape, info.chunk_shape):
-            entry = self._entries.get(_key(name, suffix))
+            entry = self._entries.get(array_key(name, suffix))
             if entry is None or entry.nbytes != expected_nbytes:
                 raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
             yield position, entry
@@ -247,10 +247,6 @@ def _read_file(path: str) -> bytes:
 
 
 # ------------------------------------------------------------------ zarr
-
-
-def _key(name: str, suffix: str) -> bytes:
-    return (f"{name}/{suffix}" if name else suffix).encode()
 
 
 @functools.lru_cache(maxsize=4096)

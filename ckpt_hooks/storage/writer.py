@@ -19,7 +19,6 @@ from ckpt_hooks.storage.layout import ChunkId, Layout
 
 __all__ = ["write_arrays"]
 
-MANIFEST_FILE = "manifest.ocdbt"
 
 BLOCK_BYTES = 16 << 20  # one write; also the longest piece with a checksum of its own
 _BLOCK_PARTS = 400  # half of IOV_MAX (1024), with a gap between any two parts
@@ -45,7 +44,7 @@ def write_arrays(
         manifest = bytearray(layout.manifest)
         manifest[ocdbt.MANIFEST_UUID] = os.urandom(16)
         manifest[ocdbt.MANIFEST_TIME] = time.time_ns().to_bytes(8, "little")
-        files[MANIFEST_FILE] = bytes(manifest) + _crc32c(manifest)
+        files[ocdbt.MANIFEST_FILE] = bytes(manifest) + _crc32c(manifest)
     name, nbytes = layout.data_files[process], layout.data_nbytes[process]
     pieces = _write_data_file(os.path.join(directory, name), parts, nbytes)
     files[ARRAY_FILE] = ArrayChecksums({name: (pieces, nbytes)}).encode()
