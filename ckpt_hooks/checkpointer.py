@@ -116,6 +116,7 @@ class Checkpointer:
         self._is_primary = self._multiprocessing_options.is_primary()
         self._store_blocks = self._store.is_blocking_writer
         self._is_alone = processes.count() == 1
+        self._goes_on = isinstance(self, AsyncCheckpointer)  # whether training does while a save is written
         self._barrier_prefix = self._multiprocessing_options.key("")
         self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
         of_items = getattr(self._handler, "item_handler_names", None)  # a composite has one for each item
@@ -200,6 +201,8 @@ class Checkpointer:
             self._create(temporary, final, staged.nbytes, operation)
             if staged.begin is not None:
                 staged.begin(temporary.get())
+            if self._goes_on and staged.detach is not None:
+                staged.detach(temporary.get())
             save.write = staged.write
             events.record_scalar(events.WRITE_BYTES, staged.nbytes)
             events.record_duration_secs(events.WRITE_DIRECTORY_SECS, time.perf_counter() - staged_secs)

@@ -26,7 +26,7 @@ def put_free(arrays: Sequence[Any]) -> list[jax.Array]:
         return list(jax.device_put(list(arrays)))
     (device,) = jax.device_put(0).devices()  # whatever the user has made the default
     sharding = jax.sharding.SingleDeviceSharding(device)
-    return [_fast_put(array, sharding, device, committed=False) for array in arrays]
+    return _fast_put(arrays, [sharding] * len(arrays), committed=False)
 
 
 def put_bound(arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
@@ -34,19 +34,20 @@ def put_bound(arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding])
     single = all(isinstance(sharding, jax.sharding.SingleDeviceSharding) for sharding in shardings)
     if len(arrays) < _WORTH_IT or not single or not _fast_put_works():
         return list(jax.device_put(list(arrays), list(shardings)))
-    return [
-        _fast_put(array, sharding, next(iter(sharding.device_set)), committed=True)
-        for array, sharding in zip(arrays, shardings, strict=True)
-    ]
+    return _fast_put(arrays, shardings, committed=True)
 
 
-def _fast_put(array: Any, sharding: Any, device: Any, *, committed: bool) -> jax.Array:
-    if not isinstance(array, np.ndarray):  # a PRNG key is on a device already
-        moved: jax.Array = jax.device_put(array, sharding) if committed else array
-        return moved
-    aval = _aval(array.shape, array.dtype)
-    put: jax.Array = _private_put()(aval, sharding, [array], [device], committed)
-    return put
+def _fast_put(arrays: Sequence[Any], shardings: Sequence[Any], *, committed: bool) -> list[jax.Array]:
+    put, seen, devices = _private_put(), None, []
+    placed = []
+    for array, sharding in zip(arrays, shardings, strict=True):
+        if sharding is not seen:
+            seen, devices = sharding, list(sharding.device_set)
+        if isinstance(array, np.ndarray):
+            placed.append(put(_aval(array.shape, array.dtype), sharding, [array], devices, committed))
+        else:  # a PRNG key is on a device already
+            placed.append(jax.device_put(array, sharding) if committed else array)
+    return placed
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,14 +70,15 @@ def _fast_put_works() -> bool:
     try:
         for array in (np.arange(6, dtype=np.float32).reshape(2, 3), np.array(7, np.int32), np.zeros((0, 2), np.bool_)):
             for committed in (False, True):
-                found = _fast_put(array, sharding, device, committed=committed)
+                (found,) = _fast_put([array], [sharding], committed=committed)
                 expected = jax.device_put(array, sharding if committed else None)
-                same = (
-                    (found.shape, found.dtype, found.weak_type, found.committed, found.sharding)
-                    == (expected.shape, expected.dtype, expected.weak_type, expected.committed, expected.sharding)
-                    and np.array_equal(np.asarray(found), array)
-                    and np.array_equal(np.asarray(found + found), array + array)
-                )
+                same = (found.shape, found.dtype, found.weak_type, found.committed, found.sharding) == (
+                    expected.shape,
+                    expected.dtype,
+                    expected.weak_type,
+                    expected.committed,
+                    expected.sharding,
+                ) and np.array_equal(np.asarray(found), array)
                 if not same:
                     return False
     except Exception:  # a JAX that has changed it

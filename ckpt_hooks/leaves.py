@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from ckpt_hooks import tree
 from ckpt_hooks.errors import UnsupportedLeafError
@@ -22,6 +21,7 @@ __all__ = [
     "LeafPlan",
     "array_metadata_file",
     "describe_leaf",
+    "is_on_host",
     "is_prng_key",
     "shard_arrays",
     "sharding_file",
@@ -67,6 +67,7 @@ class LeafPlan:
       is_sharded: whether each device holds a different part.
       key_impl: the implementation of a typed PRNG key, whose data is stored as unsigned integers.
       sharding: the entry of Orbax's ``_sharding`` file; None where it has none.
+      is_buffer: whether the leaf itself, seen as a buffer, is the bytes of its one chunk.
     """
 
     value_type: str
@@ -74,6 +75,7 @@ class LeafPlan:
     is_sharded: bool = False
     key_impl: str | None = None
     sharding: str | None = None
+    is_buffer: bool = False
 
 
 def is_prng_key(value: Any) -> bool:
@@ -131,7 +133,9 @@ def _describe_jax_array(name: str, leaf: jax.Array) -> LeafPlan:
     dtype = _storable(name, np.dtype(data.dtype))
     sharding = sharding_to_json(data.sharding)
     if data.is_fully_replicated or 0 in data.shape:
-        return LeafPlan("jax.Array", ArraySpec.whole(name, data.shape, dtype), False, key_impl, sharding)
+        is_buffer = key_impl is None and data.size > 0 and dtype.isbuiltin == 1 and len(data.sharding.device_set) == 1
+        array = ArraySpec.whole(name, data.shape, dtype)
+        return LeafPlan("jax.Array", array, False, key_impl, sharding, is_buffer and is_on_host(data))
     chunk_shape = data.sharding.shard_shape(data.shape)
     owners: dict[tuple[int, ...], int] = {}
     regions: Mapping[Any, Any] = data.sharding.devices_indices_map(data.shape)
@@ -145,19 +149,23 @@ def _grid_position(region: tuple[slice, ...], chunk_shape: tuple[int, ...]) -> t
     return tuple((part.start or 0) // size for part, size in zip(region, chunk_shape, strict=True))
 
 
-# ------------------------------------------------------------------ host arrays
+# ------------------------------------------------------------------ host bytes
 
 
-def shard_arrays(plan: LeafPlan, leaf: jax.Array) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """(number of the chunk, its array) of the chunks that this process owns."""
+def shard_arrays(plan: LeafPlan, leaf: jax.Array, process: int) -> list[jax.Array]:
+    """The single-device arrays of the chunks that a process owns, in the order of the grid."""
     assert plan.array is not None
-    data = leaf if plan.key_impl is None else jax.random.key_data(leaf)
-    numbers = {position: number for number, position in enumerate(plan.array.grid)}
-    shards = [shard for shard in data.addressable_shards if shard.replica_id == 0]
-    for shard in shards:
-        shard.data.copy_to_host_async()  # transfers from an accelerator overlap
-    for shard in shards:
-        yield numbers[_grid_position(shard.index, plan.array.chunk_shape)], np.asarray(shard.data)
+    shards: dict[tuple[int, ...], jax.Array] = {}
+    for shard in leaf.addressable_shards:
+        shards.setdefault(_grid_position(shard.index, plan.array.chunk_shape), shard.data)
+    places = zip(plan.array.grid, plan.array.owners, strict=True)
+    return [shards[position] for position, owner in places if owner == process]
+
+
+def is_on_host(array: jax.Array) -> bool:
+    """Whether NumPy can see the memory of an array without a transfer."""
+    devices: Any = array.sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
 
 
 # ------------------------------------------------------------------ Orbax's JSON files
@@ -191,7 +199,7 @@ def sharding_file(names: Sequence[str], leaves: Sequence[LeafPlan]) -> bytes:
         for name, leaf in zip(names, leaves, strict=True)
         if leaf.sharding is not None
     }
-    return json.dumps(entries).encode()
+    return _to_json(entries)
 
 
 def tree_metadata_file(named: Sequence[tree.Leaf], leaves: Sequence[LeafPlan]) -> bytes:
@@ -200,19 +208,19 @@ def tree_metadata_file(named: Sequence[tree.Leaf], leaves: Sequence[LeafPlan]) -
     records = []
     for leaf in named:
         if leaf.is_empty:
-            records.append(tree.LeafRecord(leaf.keys, tree.empty_type(leaf.value)))
+            records.append(tree.record_to_json(leaf.keys, tree.empty_type(leaf.value)))
             continue
         plan = next(plans)
         write_shape = plan.array.chunk_shape if plan.array and plan.value_type == "jax.Array" else None
-        records.append(tree.LeafRecord(leaf.keys, plan.value_type, write_shape))
+        records.append(tree.record_to_json(leaf.keys, plan.value_type, write_shape))
     content = {
-        "tree_metadata": tree.records_to_json(records),
+        "tree_metadata": dict(records),
         "use_ocdbt": True,
         "use_zarr3": False,
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    return json.dumps(content).encode()
+    return _to_json(content)
 
 
 def array_metadata_file(leaves: Sequence[LeafPlan]) -> bytes:
@@ -229,4 +237,8 @@ def array_metadata_file(leaves: Sequence[LeafPlan]) -> bytes:
             "ext_metadata": {"random_key_impl": leaf.key_impl} if leaf.key_impl else None,
         }
         entries.append({"array_metadata": entry})
-    return json.dumps({"array_metadatas": entries}).encode()
+    return _to_json({"array_metadatas": entries})
+
+
+def _to_json(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()  # with many leaves, a tenth of these files is spaces

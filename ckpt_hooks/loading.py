@@ -38,12 +38,16 @@ class SavedTree:
         self._directory = directory
         metadata = self._read_metadata()
         self._records = tree.records_from_json(metadata["tree_metadata"])
-        names = [record.name for record in self._records if not record.is_empty]
+        leaves = [record for record in self._records if record.value_type not in tree.EMPTY_TYPES]
         self._strings = self._read_strings()
         key_impls = self._read_key_impls()
-        self._arrays = self._open(metadata, [name for name in names if name not in self._strings], verify)
+        self._arrays = self._open(metadata, [leaf.name for leaf in leaves if leaf.name not in self._strings], verify)
+        info = self._arrays.info
         self.leaves = {
-            record.name: self._saved_leaf(record, key_impls) for record in self._records if not record.is_empty
+            name: SavedLeaf(value_type, info(name), key_impls.get(name))
+            if name not in self._strings
+            else SavedLeaf("string", None)
+            for name, _, value_type in leaves
         }
 
     # -------------------------------------------------------------- restoring
@@ -54,16 +58,12 @@ class SavedTree:
         if like is NO_TARGET:
             return self._restore_plain()
         targets = tree.named_leaves(like)
-        match(self.leaves, targets, cast=cast, item=item)
-        names = list(targets)
-        arrays = self._read(names)
-        values: list[Any] = [
-            self._strings[name]
-            if name in self._strings
-            else fit(name, self.leaves[name], arrays[name], target, cast=cast)
-            for name, target in targets.items()
-        ]
-        place_on_devices(names, values, list(targets.values()))
+        to_fit = match(self.leaves, targets, cast=cast, item=item)
+        found: dict[str, Any] = {**self._read(targets), **self._strings}
+        for name in to_fit:
+            found[name] = fit(name, self.leaves[name], found[name], targets[name], cast=cast)
+        values = [found[name] for name in targets]
+        place_on_devices(list(targets), values, list(targets.values()))
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
 
     def _restore_plain(self) -> Any:
@@ -120,12 +120,6 @@ class SavedTree:
             fill_missing=not metadata.get("store_array_data_equal_to_fill_value", False),
         )
 
-    def _saved_leaf(self, record: tree.LeafRecord, key_impls: dict[str, str]) -> SavedLeaf:
-        if record.name in self._strings:
-            return SavedLeaf("string", None)
-        info = self._arrays.info(record.name)
-        return SavedLeaf(record.value_type, info, key_impls.get(record.name))
-
     def _read_metadata(self) -> dict[str, Any]:
         path = os.path.join(self._directory, METADATA_FILE)
         metadata = _read_json(path)
@@ -153,9 +147,9 @@ class SavedTree:
         impls = {}
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
             path = os.path.join(folder, name)
-            content = _read_json(path)
+            content = _read_json(path, b"random_key_impl")
             try:
-                for entry in content["array_metadatas"]:
+                for entry in content["array_metadatas"] if content else ():
                     array = entry["array_metadata"]
                     if array["ext_metadata"] and array["ext_metadata"].get("random_key_impl"):
                         impls[array["param_name"]] = array["ext_metadata"]["random_key_impl"]
@@ -164,11 +158,12 @@ class SavedTree:
         return impls
 
 
-def _read_json(path: str) -> Any:
-    """The content of a JSON file; None where there is no such file."""
+def _read_json(path: str, holding: bytes = b"") -> Any:
+    """The content of a JSON file; None where there is no such file, or it does not hold what is looked for."""
     try:
         with open(path, "rb") as file:
-            return json.loads(file.read())
+            content = file.read()
+        return json.loads(content) if holding in content else None
     except FileNotFoundError:
         return None
     except ValueError as error:  # also UnicodeDecodeError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ from ckpt_hooks.storage.reader import ArrayInfo
 
 __all__ = ["SavedLeaf", "fit", "key_dtype", "match", "place_on_devices"]
 
+_ARRAY_TYPES = frozenset({"jax.Array", "np.ndarray"})
 _KINDS = {bool: "bool", int: "integer", float: "float", complex: "complex"}
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedLeaf:
+class SavedLeaf(NamedTuple):
     """A leaf as the checkpoint has it; `info` is None for a string."""
 
     value_type: str
@@ -39,17 +39,25 @@ class SavedLeaf:
         return f"{self.info.dtype}{list(self.info.shape)}"
 
 
-def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], *, cast: bool, item: str) -> None:
-    """Raises StructureMismatchError that lists every leaf, wanted or saved, that does not fit."""
+def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], *, cast: bool, item: str) -> list[str]:
+    """The wanted leaves that need `fit`, all others being wanted just as they are saved.
+
+    Raises StructureMismatchError that lists every leaf, wanted or saved, that does not fit.
+    """
     problems = []
+    other = []
     unexpected = [name for name in saved if name not in wanted]
     for name, value in wanted.items():
-        if name not in saved:
+        leaf = saved.get(name)
+        if leaf is not None and _is_same_array(leaf, value):
+            continue
+        if leaf is None:
             meant = tree.nearest(name, unexpected or saved)
             hint = f" (the checkpoint has {meant!r})" if meant else ""
             problems.append(f"missing     {_show(name)}: `like` wants {_describe(value)}, not saved{hint}")
             continue
-        problem = _misfit(saved[name], value, cast=cast)
+        other.append(name)
+        problem = _misfit(leaf, value, cast=cast)
         if problem:
             problems.append(problem.format(name=_show(name)))
     problems += [f"unexpected  {_show(name)}: saved as {saved[name]}, not in `like`" for name in unexpected]
@@ -60,6 +68,21 @@ def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], *, cast: bo
             + "\nBuild `like` as it was when the checkpoint was saved, or restore without `like` to see what is "
             "there; a dtype alone can be converted with `cast=True`."
         )
+    return other
+
+
+def _is_same_array(saved: SavedLeaf, like: Any) -> bool:
+    """Whether a leaf is wanted just as it is saved, which nearly all are: the quick answer to `_misfit`."""
+    info, dtype = saved.info, getattr(like, "dtype", None)
+    return (
+        info is not None
+        and saved.value_type in _ARRAY_TYPES
+        and saved.key_impl is None
+        and dtype is not None  # which NumPy takes for float64
+        and dtype == info.dtype
+        and like.shape == info.shape
+        and not isinstance(like, np.generic)
+    )
 
 
 def _show(name: str) -> str:
@@ -127,8 +150,10 @@ def _describe(value: Any) -> str:
 # ------------------------------------------------------------------ values
 
 
-def fit(name: str, saved: SavedLeaf, host: np.ndarray, like: Any, *, cast: bool) -> Any:
-    """The host value for a leaf of `like` that `match` has let pass: a Python scalar, a NumPy array, a key."""
+def fit(name: str, saved: SavedLeaf, host: Any, like: Any, *, cast: bool) -> Any:
+    """The value for a leaf of `like` that `match` has let pass: a Python scalar, a NumPy array, a string, a key."""
+    if saved.info is None:
+        return host
     if saved.key_impl is not None:
         return jax.random.wrap_key_data(jnp.asarray(host), impl=saved.key_impl)
     if type(like) in _KINDS:
@@ -151,41 +176,47 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
     refuses to mix a bound scalar with arrays that are sharded elsewhere.
     """
     free: list[int] = []
-    bound: list[tuple[int, jax.sharding.Sharding]] = []
+    bound: list[int] = []
+    weak: list[int] = []
+    shardings: list[jax.sharding.Sharding] = []
+    width_is_kept = functools.cache(_width_is_kept)  # most leaves share a few dtypes
+    is_array: dict[type, bool] = {kind: issubclass(kind, jax.Array) for kind in set(map(type, like))}
     for number, leaf in enumerate(like):
-        if isinstance(leaf, jax.Array):
-            _check_width(names[number], leaf.dtype)
-            if leaf.committed:
-                bound.append((number, leaf.sharding))
-            else:
-                free.append(number)
-        elif not isinstance(leaf, np.ndarray | np.generic) and hasattr(leaf, "dtype"):
-            _check_width(names[number], leaf.dtype)
-            sharding = getattr(leaf, "sharding", None)
-            if sharding is None:
-                free.append(number)
-            else:
-                bound.append((number, sharding))
-    for number, value in zip(free, put_free([values[number] for number in free]), strict=True):
-        values[number] = _as_weak_as(like[number], value)
-    placed = put_bound([values[number] for number, _ in bound], [sharding for _, sharding in bound])
-    for (number, _), value in zip(bound, placed, strict=True):
-        values[number] = _as_weak_as(like[number], value)
+        kind = type(leaf)
+        if not is_array[kind] and (isinstance(leaf, np.ndarray | np.generic) or not hasattr(leaf, "dtype")):
+            continue
+        if not width_is_kept(leaf.dtype):
+            _raise_cut(names[number], leaf.dtype)
+        if getattr(leaf, "weak_type", False):
+            weak.append(number)
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None or (is_array[kind] and not leaf.committed):
+            free.append(number)
+        else:
+            bound.append(number)
+            shardings.append(sharding)
+    placed = put_free([values[number] for number in free]), put_bound([values[number] for number in bound], shardings)
+    for numbers, arrays in zip((free, bound), placed, strict=True):
+        for number, array in zip(numbers, arrays, strict=True):
+            values[number] = array
+    for number in weak:
+        values[number] = _weakened(values[number])
 
 
-def _check_width(name: str, dtype: Any) -> None:
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
-        return
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise StructureMismatchError(
-            f"{_show(name)}: `like` wants a JAX array of {dtype}, which JAX would cut to "
-            f"{jax.dtypes.canonicalize_dtype(dtype)}; set jax_enable_x64, or give a NumPy array in `like`."
-        )
+def _width_is_kept(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.extended) or jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
-def _as_weak_as(like: Any, value: jax.Array) -> jax.Array:
+def _raise_cut(name: str, dtype: Any) -> NoReturn:
+    raise StructureMismatchError(
+        f"{_show(name)}: `like` wants a JAX array of {dtype}, which JAX would cut to "
+        f"{jax.dtypes.canonicalize_dtype(dtype)}; set jax_enable_x64, or give a NumPy array in `like`."
+    )
+
+
+def _weakened(value: jax.Array) -> jax.Array:
     # A weakly typed scalar promotes differently (w32 * bf16 is bf16), so a run would not go on as it was.
-    if getattr(like, "weak_type", False) and not value.weak_type and value.ndim == 0:
+    if not value.weak_type and value.ndim == 0:
         weak = jnp.asarray(value.item())
         if weak.dtype == value.dtype:
             return jax.device_put(weak, value.sharding) if value.committed else weak

@@ -7,19 +7,18 @@ on disk, so they are refused.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError, NameCollisionError, UnsupportedLeafError
 
-__all__ = ["Leaf", "LeafRecord", "flatten", "named_leaves", "nearest", "nest", "records_from_json", "records_to_json"]
+__all__ = ["Leaf", "LeafRecord", "flatten", "named_leaves", "nearest", "nest", "record_to_json", "records_from_json"]
 
 # Orbax's files of a pytree item
 METADATA_FILE = "_METADATA"
@@ -34,30 +33,25 @@ EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple"})
 Keys = tuple[tuple[str, int], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A leaf of a tree, or a node without children, which is recorded like one."""
 
+    name: str
     keys: Keys
     value: Any
     is_empty: bool
 
-    @functools.cached_property
-    def name(self) -> str:
-        return ".".join(key for key, _ in self.keys)
 
-
-@dataclasses.dataclass(frozen=True)
-class LeafRecord:
+class LeafRecord(NamedTuple):
     """What ``_METADATA`` says of a leaf."""
 
-    keys: Keys
+    name: str
+    key_metadata: list[dict[str, Any]]
     value_type: str  # jax.Array, np.ndarray, scalar, string, or an empty node's None, Dict, List, Tuple
-    write_shape: tuple[int, ...] | None = None
 
-    @functools.cached_property
-    def name(self) -> str:
-        return ".".join(key for key, _ in self.keys)
+    @property
+    def keys(self) -> Keys:
+        return tuple((str(key["key"]), int(key["key_type"])) for key in self.key_metadata)
 
     @property
     def is_empty(self) -> bool:
@@ -82,8 +76,11 @@ def flatten(tree: Any) -> list[Leaf]:
         paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty_node)
     except (ValueError, TypeError) as error:
         raise UnsupportedLeafError(f"the tree cannot be flattened by JAX: {error}") from error
-    leaves = [Leaf(tuple(map(_key, path)), value, _is_empty_node(value)) for path, value in paths]
-    counts = Counter(leaf.name for leaf in leaves)
+    leaves = []
+    for path, value in paths:
+        keys = tuple(map(_key, path))
+        leaves.append(Leaf(".".join([key for key, _ in keys]), keys, value, _is_empty_node(value)))
+    counts = Counter([leaf.name for leaf in leaves])
     if len(counts) < len(leaves):
         raise NameCollisionError(_describe_collision(leaves, counts))
     return leaves
@@ -122,6 +119,7 @@ def _is_empty_node(value: Any) -> bool:
     return bool(structure.num_leaves == 0 and structure.num_nodes == 1)
 
 
+@functools.lru_cache(maxsize=4096)
 def _key(key: Any) -> tuple[str, int]:
     match key:
         case jax.tree_util.SequenceKey(idx=index):
@@ -158,31 +156,26 @@ def empty_type(value: Any) -> str:
     return "None"
 
 
-def records_to_json(records: Iterable[LeafRecord]) -> dict[str, Any]:
-    """The field ``tree_metadata``."""
-    return {str(tuple(key for key, _ in record.keys)): _record_to_json(record) for record in records}
-
-
-def _record_to_json(record: LeafRecord) -> dict[str, Any]:
-    value: dict[str, Any] = {"value_type": record.value_type, "skip_deserialize": record.is_empty}
-    if record.write_shape is not None:
-        value["write_shape"] = list(record.write_shape)
-    keys = [{"key": key, "key_type": key_type} for key, key_type in record.keys]
-    return {"key_metadata": keys, "value_metadata": value}
+def record_to_json(keys: Keys, value_type: str, write_shape: tuple[int, ...] | None = None) -> tuple[str, Any]:
+    """One entry of the field ``tree_metadata``."""
+    value: dict[str, Any] = {"value_type": value_type, "skip_deserialize": value_type in EMPTY_TYPES}
+    if write_shape is not None:
+        value["write_shape"] = list(write_shape)
+    key_metadata = [{"key": key, "key_type": key_type} for key, key_type in keys]
+    return str(tuple([key for key, _ in keys])), {"key_metadata": key_metadata, "value_metadata": value}
 
 
 def records_from_json(tree_metadata: Any) -> list[LeafRecord]:
     """Reads the field ``tree_metadata``; raises CorruptCheckpointError where it is not one."""
+    records = []
     try:
-        return [
-            LeafRecord(
-                tuple((str(key["key"]), int(key["key_type"])) for key in entry["key_metadata"]),
-                str(entry["value_metadata"]["value_type"]),
-            )
-            for entry in tree_metadata.values()
-        ]
+        for entry in tree_metadata.values():
+            keys = entry["key_metadata"]
+            name = ".".join([key["key"] for key in keys])
+            records.append(LeafRecord(name, keys, entry["value_metadata"]["value_type"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"the tree metadata is damaged: {error!r}") from error
+    return records
 
 
 # ------------------------------------------------------------------ building

@@ -389,7 +389,7 @@ def test_a_full_disk_does_not_stay_full(tmp_path: Path, monkeypatch: pytest.Monk
 
     with ours_at(tmp_path, range(1, 2)) as ours:
         with monkeypatch.context() as patched:
-            patched.setattr(os, "pwritev", no_space)
+            patched.setattr(os, "pwrite", no_space)
             ours.save(2, state_of(2, 3000))
             with pytest.raises(SaveFailedError, match="full") as caught:
                 ours.wait()

@@ -47,12 +47,16 @@ class StagedSave:
     Attributes:
       write: writes the item into a directory; may run in another thread, while training goes on.
       begin: runs first, before training goes on; for handlers that cannot take the state without a directory.
+      detach: runs after `begin` where training will go on before `write` ends: copies what the caller may change
+        (or writes some of it, into the item's directory). A save in the foreground does without it, and so without
+        the copies.
       nbytes: how many bytes `write` will write, as far as known.
       recorded_name: by which a composite records the item's handler, where the handler's own name does not do.
     """
 
     write: Callable[[epath.Path], None]
     begin: Callable[[epath.Path], None] | None = None
+    detach: Callable[[epath.Path], None] | None = None
     nbytes: int = 0
     recorded_name: str | None = None
 

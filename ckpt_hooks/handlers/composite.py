@@ -163,10 +163,11 @@ class CompositeCheckpointHandler(CheckpointHandler):
     # -------------------------------------------------------------- saving
 
     def stage(self, args: CompositeArgs) -> StagedSave:
-        if not len(args):
+        items = sorted(args.items())
+        if not items:
             raise InvalidArgumentError("an empty Composite: there are no items to save")
         staged = {}
-        for name, item_args in sorted(args.items()):
+        for name, item_args in items:
             handler = self._handlers.get(name)
             if handler is None or type(item_args) not in handler.args_classes:
                 handler = self._pin(name, item_args)
@@ -176,8 +177,12 @@ class CompositeCheckpointHandler(CheckpointHandler):
                 error.add_note(f"while taking item {name!r}")
                 raise
         begin = functools.partial(self._begin_items, staged)
-        write = functools.partial(self._write_items, staged)
-        return StagedSave(write, begin, sum([item.nbytes for item in staged.values()]))
+        return StagedSave(
+            functools.partial(self._write_items, staged),
+            begin,
+            functools.partial(self._detach_items, staged),
+            sum([item.nbytes for item in staged.values()]),
+        )
 
     def _begin_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
         self._unfinished, self._recorded_names = {}, {}
@@ -194,6 +199,12 @@ class CompositeCheckpointHandler(CheckpointHandler):
             self._unfinished[name] = temporary
             if item.begin is not None:
                 item.begin(path)
+
+    def _detach_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
+        del directory
+        for name, item in staged.items():
+            if item.detach is not None:
+                item.detach(self._unfinished[name].get())
 
     def _write_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
         del directory

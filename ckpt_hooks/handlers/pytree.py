@@ -1,6 +1,6 @@
 """Pytrees: states, parameters, anything that JAX can flatten.
 
-    tree --Plan.of--> plan, leaves --Plan.take--> chunks (host bytes) --Plan.write--> files
+    tree --Plan.of--> plan, leaves --Plan.take--> sources (host bytes) --Plan.write--> files
 
 The plan is everything that depends only on the structure: names, JSON, offsets, index. It is made once and reused by
 every later save of the same structure.
@@ -9,67 +9,109 @@ every later save of the same structure.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
-import itertools
+import gc
 import json
+import operator
 import os
 import threading
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
 
 from ckpt_hooks import processes, tree
-from ckpt_hooks.errors import UnsupportedLeafError
+from ckpt_hooks.errors import InvalidArgumentError, UnsupportedLeafError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
 from ckpt_hooks.leaves import (
     DELETED,
     LeafPlan,
     array_metadata_file,
     describe_leaf,
+    is_on_host,
     shard_arrays,
     sharding_file,
     tree_metadata_file,
 )
 from ckpt_hooks.loading import NO_TARGET, SavedTree
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.checksums import DATA_FOLDER
-from ckpt_hooks.storage.layout import ChunkId, Layout
-from ckpt_hooks.storage.writer import write_arrays
+from ckpt_hooks.storage.layout import Layout
+from ckpt_hooks.storage.memory import host_bytes
+from ckpt_hooks.storage.writer import ArrayWriter, HostMemory, Sources
 
-__all__ = ["Plan", "StandardCheckpointHandler", "StandardRestoreArgs", "StandardSaveArgs"]
+__all__ = ["ArrayOptions", "Plan", "StandardCheckpointHandler", "StandardRestoreArgs", "StandardSaveArgs"]
 
 _CACHED_PLANS = 32
-_BYTE = np.dtype(np.uint8)
 _ORBAX_PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayOptions:
+    """How arrays are taken from a state and written.
+
+    Attributes:
+      staging: what a save in the background does with JAX arrays on CPU before training goes on. "copy" copies
+        them, so that a step that is given the state to reuse (`donate_argnums`) finds its memory free; the copy's
+        memory is kept for the next save. "view" copies only NumPy arrays: for states that are not donated.
+      max_host_bytes: how much of a state a save in the background may hold in host memory; what does not fit is
+        written before the call returns. None for all of it.
+    """
+
+    staging: Literal["copy", "view"] = "copy"
+    max_host_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.staging not in ("copy", "view"):
+            raise InvalidArgumentError(f"staging is 'copy' or 'view', got {self.staging!r}")
+        limit: Any = self.max_host_bytes
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise InvalidArgumentError(f"max_host_bytes is a number of bytes, or None for no bound; got {limit!r}")
+
+
 class StandardCheckpointHandler(CheckpointHandler):
-    """Saves a pytree in Orbax's layout, with a checksum of every chunk, and restores it.
+    """Saves a pytree in Orbax's layout, with a checksum of every byte, and restores it.
 
     Leaves are JAX arrays (any dtype that zarr has, sharded or not), typed PRNG keys, NumPy arrays, Python and
     NumPy scalars, strings and None; containers may be empty, and a tree may be one bare leaf.
+
+    Args:
+      options: how arrays are taken and written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: ArrayOptions | None = None) -> None:
+        self._options = ArrayOptions() if options is None else options
+        self._memory = HostMemory(self._options.max_host_bytes)
         self._process, self._num_processes = processes.index(), processes.count()
 
-    def stage(self, args: StandardSaveArgs, *, copy: bool = True) -> StagedSave:
+    def stage(self, args: StandardSaveArgs) -> StagedSave:
         plan, leaves = Plan.of(args.item, self._num_processes)
-        chunks, strings = plan.take(leaves, copy=copy)
-        write = functools.partial(plan.write, chunks, strings, self._process)
-        return StagedSave(write, nbytes=plan.layout.data_nbytes[self._process], recorded_name=plan.recorded_name)
+        sources, strings = plan.take(leaves, self._process)
+        writer = ArrayWriter(plan.layout, self._process, sources)
+        return StagedSave(
+            functools.partial(plan.write, writer, strings, self._process),
+            detach=functools.partial(self._detach, writer),
+            nbytes=plan.layout.files[self._process].nbytes,
+            recorded_name=plan.recorded_name,
+        )
+
+    def _detach(self, writer: ArrayWriter, directory: epath.Path) -> None:
+        writer.detach(os.fspath(directory), self._memory, copies=self._options.staging == "copy")
 
     def save(self, directory: epath.Path, args: StandardSaveArgs) -> None:
-        self.stage(args, copy=False).write(directory)
+        self.stage(args).write(directory)
+
+    def close(self) -> None:
+        self._memory.clear()
 
     def restore(self, directory: epath.Path, args: StandardRestoreArgs | None = None) -> Any:
-        args = args or StandardRestoreArgs()
-        saved = SavedTree(os.fspath(directory), verify=args.verify)
-        return saved.restore(NO_TARGET if args.item is None else args.item, cast=args.cast)
+        args = StandardRestoreArgs() if args is None else args
+        with _collection_paused():
+            saved = SavedTree(os.fspath(directory), verify=args.verify)
+            return saved.restore(NO_TARGET if args.item is None else args.item, cast=args.cast)
 
     def metadata(self, directory: epath.Path) -> Any:
         """The tree with a `jax.ShapeDtypeStruct` for each array."""
@@ -112,8 +154,6 @@ class StandardRestoreArgs(CheckpointArgs):
 
 # ------------------------------------------------------------------ the plan
 
-Chunks = dict[ChunkId, memoryview]
-
 
 class Plan:
     """How one structure is stored.
@@ -125,8 +165,8 @@ class Plan:
         named = tree.flatten(item)
         self._names = [leaf.name for leaf in named if not leaf.is_empty]
         self._leaves = [describe_leaf(leaf.name, leaf.value) for leaf in named if not leaf.is_empty]
-        numbers = itertools.count()
-        self._array_numbers = [next(numbers) if leaf.array else -1 for leaf in self._leaves]
+        self._jax_arrays = [number for number, leaf in enumerate(self._leaves) if leaf.value_type == "jax.Array"]
+        self._has_only_buffers = all(leaf.is_buffer for leaf in self._leaves)
         self.layout = Layout([leaf.array for leaf in self._leaves if leaf.array], num_processes)
         # A part of a state that is None, and Python's complex numbers: what Orbax's StandardCheckpointHandler
         # refuses to restore, its other one does.
@@ -146,49 +186,51 @@ class Plan:
             leaves, structure = jax.tree_util.tree_flatten(item)
         except (TypeError, ValueError) as error:  # keys that cannot be sorted
             raise UnsupportedLeafError(f"the tree cannot be flattened by JAX: {error}") from error
-        key: Hashable = (structure, num_processes, *map(_signature, leaves))
+        key: Hashable = (structure, num_processes, *_signatures(leaves))
         try:
             with _cache_lock:
                 plan = _cache.get(key)
         except (TypeError, ValueError):  # a node with metadata that cannot be hashed or compared
             return cls(item, num_processes), leaves
         if plan is None:
-            plan = cls(item, num_processes)
+            with _collection_paused():
+                plan = cls(item, num_processes)
             with _cache_lock:
                 _cache[key] = plan
                 while len(_cache) > _CACHED_PLANS:
                     _cache.popitem(last=False)
         return plan, leaves
 
-    def take(self, leaves: Sequence[Any], *, copy: bool) -> tuple[Chunks, dict[str, str]]:
-        """(the bytes that this process owns, {name: string}); after it, the caller may change or donate the leaves.
+    def take(self, leaves: Sequence[Any], process: int) -> tuple[Sources, dict[str, str]]:
+        """(the bytes that a process owns, {name: string}): the caller's memory as it is, nothing is copied.
 
-        JAX arrays are immutable, so a view of a CPU array is as good as a copy: JAX keeps the buffer of an array
-        that is donated or deleted for as long as a view of it lives. NumPy arrays may change under a background
-        writer, so `copy` takes one.
+        Raises UnsupportedLeafError for an array that has been deleted.
         """
-        chunks: Chunks = {}
-        strings: dict[str, str] = {}
-        rows = zip(self._names, self._array_numbers, self._leaves, leaves, strict=True)
-        for name, number, plan, leaf in rows:
+        deleted = [number for number in self._jax_arrays if leaves[number].is_deleted()]
+        if deleted:
+            raise UnsupportedLeafError(f"{', '.join(self._names[n] for n in deleted) or 'the state'}: {DELETED}")
+        if self._has_only_buffers:
+            return Sources(leaves if process == 0 else ()), {}
+        buffers: list[Any] = []
+        mutable, remote, strings = set(), {}, {}
+        for name, plan, leaf in zip(self._names, self._leaves, leaves, strict=True):
             if plan.array is None:
                 strings[name] = leaf
-            elif plan.is_sharded:
-                for chunk, array in shard_arrays(plan, leaf):
-                    chunks[number, chunk] = array.reshape(-1).view(_BYTE).data
-            elif plan.array.grid:
-                # The extended dtypes have no buffer protocol; their bytes do.
-                array = _to_host(name, plan, leaf, copy=copy)
-                chunks[number, 0] = array.reshape(-1).view(_BYTE).data
-        return chunks, strings
+                continue
+            for source in _chunks(name, plan, leaf, process):
+                if plan.value_type == "np.ndarray":
+                    mutable.add(len(buffers))
+                if isinstance(source, jax.Array) and not plan.is_buffer:
+                    remote[len(buffers)] = source
+                buffers.append(source)
+        return Sources(buffers, mutable, remote), strings
 
-    def write(self, chunks: Chunks, strings: dict[str, str], process: int, directory: epath.Path) -> None:
+    def write(self, writer: ArrayWriter, strings: dict[str, str], process: int, directory: epath.Path) -> None:
         """Writes the files of one process; they are durable only after `commit.sync_tree`."""
         path = os.fspath(directory)
-        for folder in (tree.ARRAY_METADATA_FOLDER, DATA_FOLDER):
-            os.makedirs(os.path.join(path, folder), exist_ok=True)
+        os.mkdir(os.path.join(path, tree.ARRAY_METADATA_FOLDER))
         files = {f"{tree.ARRAY_METADATA_FOLDER}/process_{process}": self._array_metadata}
-        files |= write_arrays(path, self.layout, chunks, process)
+        files |= writer.write(path)
         if process == 0:
             files |= self._primary_files
         if strings:
@@ -197,22 +239,41 @@ class Plan:
             commit.write_file(os.path.join(path, name), content)
 
 
+def _signatures(leaves: Sequence[Any]) -> list[Hashable]:
+    """All of the leaves that a plan depends on: everything but their values."""
+    # By their classes first, since `isinstance` of every leaf would take longer than all of the rest.
+    if all(issubclass(kind, jax.Array) for kind in set(map(type, leaves))):
+        return list(map(_array_signature, leaves))
+    return [_signature(leaf) for leaf in leaves]
+
+
+_array_signature = operator.attrgetter("shape", "dtype", "sharding")
+
+
 def _signature(leaf: Any) -> Hashable:
-    """All of a leaf that its plan depends on: everything but its values."""
     if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype, leaf.sharding
     return type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
 
 
-def _to_host(name: str, plan: LeafPlan, leaf: Any, *, copy: bool) -> Any:
-    """A leaf that is one chunk, as a NumPy array in C order; a view of a JAX array on CPU."""
-    if isinstance(leaf, jax.Array):
-        if leaf.is_deleted():
-            raise UnsupportedLeafError(f"{name or 'the state'}: {DELETED}")
-        return np.asarray(leaf if plan.key_impl is None else jax.random.key_data(leaf))
+def _chunks(name: str, plan: LeafPlan, leaf: Any, process: int) -> Sequence[Any]:
+    """The chunks of a leaf that a process owns: buffers, or JAX arrays that are still on an accelerator."""
     assert plan.array is not None
+    if plan.is_buffer:
+        return [leaf] if process == 0 else ()
+    if not isinstance(leaf, jax.Array):
+        return [host_bytes(_as_array(name, plan.array.dtype, leaf))] if plan.array.grid and process == 0 else ()
+    data = leaf if plan.key_impl is None else jax.random.key_data(leaf)
+    if plan.is_sharded:
+        arrays = shard_arrays(plan, data, process)
+    else:
+        arrays = [data] if plan.array.grid and process == 0 else []
+    return [host_bytes(array) if is_on_host(array) else array for array in arrays]
+
+
+def _as_array(name: str, dtype: np.dtype, leaf: Any) -> np.ndarray:
     try:
-        return np.array(leaf, plan.array.dtype, order="C", copy=copy or None)
+        return np.asarray(leaf, dtype)
     except OverflowError as error:
         raise UnsupportedLeafError(
             f"{name or 'the state'}: {leaf!r} does not fit into 64 bits; save it as a string."
@@ -221,3 +282,29 @@ def _to_host(name: str, plan: LeafPlan, leaf: Any, *, copy: bool) -> Any:
 
 _cache: collections.OrderedDict[Hashable, Plan] = collections.OrderedDict()
 _cache_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Makes many objects without the garbage collector looking through all that there are again and again.
+
+    With a leaf in several objects, and several hundred thousand of JAX's own, that takes most of the time.
+    """
+    global _num_paused, _was_enabled
+    with _pause_lock:
+        if _num_paused == 0:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _num_paused += 1
+    try:
+        yield
+    finally:
+        with _pause_lock:
+            _num_paused -= 1
+            if _num_paused == 0 and _was_enabled:
+                gc.enable()
+
+
+_num_paused = 0
+_was_enabled = True
+_pause_lock = threading.Lock()

@@ -2,8 +2,8 @@
 
 Two plain files, both XXH3-64, neither of which another reader of the format looks at:
 
-``_ARRAY_CHECKSUMS``, in a pytree item, covers the data files, piece by piece (a piece is one chunk of an
-array, or one node of the index), so that a restore checks only what it reads::
+``_ARRAY_CHECKSUMS``, in a pytree item, covers the data files, piece by piece (a piece is a run of small chunks, or a
+part of a large one or of a node of the index), so that a restore checks only what it reads::
 
     one line of JSON   {"format": 1, "files": [["d/<name>", number of pieces, size of the file], ...]}
     then per piece     uint64 offset | uint64 length | uint64 XXH3-64        (little-endian, file by file)
@@ -45,6 +45,7 @@ _TITLE = "ckpt_hooks checksums 1"
 _READ_NBYTES = 16 << 20
 
 Pieces = npt.NDArray[np.void]
+I64 = npt.NDArray[np.int64]
 Digest = tuple[str, int]  # 16 hex digits, size in bytes
 
 digest = xxhash.xxh3_64_intdigest
@@ -79,13 +80,11 @@ class ArrayChecksums:
             files[name] = (pieces, nbytes)
         return cls(files)
 
-    def of(self, file: str) -> dict[int, tuple[int, int]]:
-        """{offset: (length, digest)} of the pieces of a file."""
+    def table(self, file: str) -> PieceTable:
+        """The pieces of a file."""
         if file not in self.files:
             raise CorruptCheckpointError(f"index refers to {file!r}, which {ARRAY_FILE} does not know")
-        pieces, _ = self.files[file]
-        lengths = zip(pieces["nbytes"].tolist(), pieces["digest"].tolist(), strict=True)
-        return dict(zip(pieces["offset"].tolist(), lengths, strict=True))
+        return PieceTable(self.files[file][0])
 
     def problems(self, directory: str) -> Iterator[str]:
         """Reads every data file and names each piece that is not what was saved."""
@@ -99,6 +98,37 @@ class ArrayChecksums:
                 for offset, length, saved in pieces.tolist():
                     if digest(os.pread(file.fileno(), length, offset)) != saved:
                         yield f"{path}: bytes {offset} to {offset + length} are not what was saved"
+
+
+class PieceTable:
+    """The pieces of one data file in columns, in the order of their offsets.
+
+    Attributes:
+      starts, ends: where each piece lies.
+      digests: what each one was.
+    """
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.starts = pieces["offset"].astype(np.int64)
+        self.ends = self.starts + pieces["nbytes"].astype(np.int64)
+        self.digests: list[int] = pieces["digest"].tolist()
+        holes = self.starts[1:] != self.ends[:-1]
+        self._holes_before = np.concatenate(([0], np.cumsum(holes)))
+
+    def covering(self, offsets: I64, ends: I64, path: str) -> tuple[I64, I64]:
+        """For each range, its first piece and the one after its last; an error where the pieces leave a hole in it."""
+        first = np.searchsorted(self.starts, offsets, "right") - 1
+        last = np.searchsorted(self.starts, ends, "left") - 1
+        covered = (first >= 0) & (last >= first)
+        covered[covered] &= (self.ends[last] >= ends)[covered] & (
+            self._holes_before[first] == self._holes_before[last]
+        )[covered]
+        if not covered.all():
+            number = int(np.argmin(covered))
+            raise CorruptCheckpointError(
+                f"{path}: no checksum covers the bytes from {offsets[number]} to {ends[number]}"
+            )
+        return first, last + 1
 
 
 def check_piece(data: memoryview, saved: int, where: str) -> None:

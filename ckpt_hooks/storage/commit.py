@@ -37,6 +37,7 @@ __all__ = [
     "replace_file",
     "require_free_bytes",
     "run_parallel",
+    "start_writeback",
     "sync_directory",
     "sync_file",
     "sync_tree",
@@ -51,6 +52,7 @@ _SYNC_THREADS = 4  # one journal commit of the file system serves all that wait 
 _MARGIN_BYTES = 1 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_SYNC_FILE_RANGE_WRITE = 2
 
 _log = logging.getLogger(__name__)
 
@@ -166,6 +168,22 @@ def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
 
 
 # ------------------------------------------------------------------ durability
+
+
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Lets the system begin to write a part of a file to the disk, so that less is left for `fsync`. Only a hint."""
+    sync_file_range = _sync_file_range()
+    if sync_file_range is not None:
+        sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[..., int] | None:
+    """The system call, where the platform has it (Linux)."""
+    try:
+        return ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
 
 
 def sync_tree(directory: str) -> None:

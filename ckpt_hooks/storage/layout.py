@@ -1,4 +1,4 @@
-"""Where every chunk of a structure goes: offsets, zarr metadata and index nodes, made once and reused.
+"""Where every chunk of a structure goes: offsets, blocks, zarr metadata and index nodes, made once and reused.
 
 A layout depends only on names, shapes, dtypes and shardings. It is the same in every process, so that each
 writes its own data file and process 0 writes one index over all of them without asking anybody.
@@ -6,6 +6,9 @@ writes its own data file and process 0 writes one index over all of them without
 The data file of process p is ``d/<p as 32 hex digits>``: the chunks that p owns, each at a multiple of 64 bytes
 (JAX on CPU takes such memory without a copy), and in process 0 the nodes of the index after them. A chunk of at
 most `ocdbt.MAX_INLINE_VALUE_BYTES` that process 0 owns stands in the index itself.
+
+What a process writes are its sources, the bytes of the chunks that it owns in the order of their places, and
+constants. A block says which of them, by their numbers, make one write.
 """
 
 from __future__ import annotations
@@ -13,19 +16,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.checksums import DATA_FOLDER
 
-__all__ = ["ArraySpec", "ChunkId", "IndexNode", "Layout", "Segment", "array_key", "data_file_name", "zarr_dtype"]
+__all__ = ["ArraySpec", "Block", "DataFile", "Layout", "Place", "array_key", "data_file_name", "zarr_dtype"]
 
 ALIGNMENT_BYTES = 64
+SMALL_CHUNK_BYTES = 64 << 10  # up to here, neighbours are joined: into one write, and into one piece of this size
+JOINED_BYTES = 4 << 20  # of small chunks in one write: fits into the processor's cache
+PIECE_BYTES = 1 << 20  # the longest piece with a checksum of its own: what a partial read has to read at least
+BLOCK_BYTES = 16 << 20  # the longest write
 _NODE_ENTRIES = 1 << 16  # keys in one leaf node of the index
-
-ChunkId = tuple[int, int]  # (number of the array, number of its chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +59,15 @@ class ArraySpec:
         """A key of this array in the database."""
         return array_key(self.name, suffix)
 
-    def metadata(self) -> bytes:
+    def chunk_key(self, number: int) -> bytes:
+        """The key of one of its chunks."""
+        return self.key(".".join(map(str, self.grid[number])) or "0")
+
+    def metadata(self, compressor: dict[str, Any] | None = None) -> bytes:
         """The array's ``.zarray`` (zarr v2)."""
         fields = {
             "chunks": list(self.chunk_shape),
-            "compressor": None,
+            "compressor": compressor,
             "dimension_separator": ".",
             "dtype": zarr_dtype(self.dtype),
             "fill_value": None,
@@ -88,121 +98,212 @@ def data_file_name(process: int) -> str:
     return f"{DATA_FOLDER}/{process:032x}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A chunk in a data file."""
-
-    chunk: ChunkId
-    offset: int
-    nbytes: int
+# ------------------------------------------------------------------ one data file
 
 
-@dataclasses.dataclass(frozen=True)
-class IndexNode:
-    """A node of the index: bytes that never change, and between them the chunks that stand inline.
+@dataclasses.dataclass(slots=True)
+class Block:
+    """What one write puts into a data file.
 
-    Its CRC-32C is still to come.
+    Attributes:
+      offset, nbytes: where.
+      parts: what is joined, by number: a source, or a constant, counted down from -1.
+      start: where the block begins in its only part, a large chunk; None where it is all of its parts.
+      is_node: whether the CRC-32C of the parts follows them.
+      pieces: (start, stop) within the block of each piece that has a checksum of its own; together they are all of it.
     """
 
     offset: int
-    parts: tuple[bytes | ChunkId, ...]
+    nbytes: int
+    parts: list[int]
+    start: int | None = None
+    is_node: bool = False
+    pieces: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+
+class DataFile:
+    """A data file in the making: each `add` gives the next value its place.
+
+    Attributes:
+      name: of the file, relative to the item.
+      nbytes: the size of the file up to now.
+      blocks: what is written, in the order of the offsets; the last one may still grow.
+      constants: what blocks refer to as -1, -2, ...; in reverse, so that they can stand behind the sources in one list.
+    """
+
+    def __init__(self, process: int) -> None:
+        self.name = data_file_name(process)
+        self.nbytes = 0
+        self.blocks: list[Block] = []
+        # -1 to -63: the gaps between two chunks, which are zero.
+        self.constants: list[bytes] = [bytes(number) for number in reversed(range(1, ALIGNMENT_BYTES))]
+        self._joined: Block | None = None
+
+    def add(self, source: int, nbytes: int) -> int:
+        """The place of a source, the next one or a later one."""
+        offset = self._aligned(nbytes)
+        if nbytes <= SMALL_CHUNK_BYTES:
+            self._join(source, offset, nbytes)
+            return offset
+        self._joined = None
+        for start in range(0, nbytes, BLOCK_BYTES):
+            self._append(Block(offset + start, min(BLOCK_BYTES, nbytes - start), [source], start))
+        return offset
+
+    def add_node(self, nbytes: int, parts: Iterable[bytes | int]) -> int:
+        """The place of a node of the index: constants, and the sources that stand in it."""
+        offset = self._aligned(nbytes)
+        self._joined = None
+        numbers = []
+        for part in parts:
+            if isinstance(part, bytes):
+                self.constants.insert(0, part)
+            numbers.append(-len(self.constants) if isinstance(part, bytes) else part)
+        self._append(Block(offset, nbytes, numbers, is_node=True))
+        return offset
+
+    def _aligned(self, nbytes: int) -> int:
+        offset = -(-self.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self.nbytes = offset + nbytes
+        return offset
+
+    def _join(self, source: int, offset: int, nbytes: int) -> None:
+        block = self._joined
+        if block is None or offset + nbytes - block.offset > JOINED_BYTES:
+            self._joined = Block(offset, nbytes, [source], pieces=[(0, nbytes)])
+            self.blocks.append(self._joined)
+            return
+        gap = offset - (block.offset + block.nbytes)
+        block.parts += (-gap, source) if gap else (source,)
+        block.nbytes = offset + nbytes - block.offset
+        start, stop = block.pieces.pop()
+        if block.nbytes - start <= SMALL_CHUNK_BYTES:
+            block.pieces.append((start, block.nbytes))
+        else:
+            # The gap belongs to the piece before, so that the pieces of a block have no hole.
+            block.pieces += ((start, stop + gap), (stop + gap, block.nbytes))
+
+    def _append(self, block: Block) -> None:
+        starts = range(0, block.nbytes, PIECE_BYTES)
+        block.pieces = [(start, min(start + PIECE_BYTES, block.nbytes)) for start in starts]
+        self.blocks.append(block)
+
+
+# ------------------------------------------------------------------ a structure
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value of the index is: in a data file, or, where `offset` is None, inline, as a source."""
+
+    nbytes: int
+    owner: int
+    source: int
+    offset: int | None
 
 
 class Layout:
     """The files of one item.
 
     Attributes:
-      data_files: per process, the name of its data file.
-      segments: per process, its chunks in its data file, in the order of their offsets.
-      data_nbytes: per process, the size of its data file.
-      index: the nodes of the index, which are in the data file of process 0, in the order of their offsets.
+      files: per process, its data file.
+      num_sources: per process, how many chunks it owns; they are its sources, array by array.
       manifest: the template of the manifest (`ocdbt.manifest_template`).
     """
 
     def __init__(self, arrays: Sequence[ArraySpec], num_processes: int = 1) -> None:
-        self.segments: list[list[Segment]] = [[] for _ in range(num_processes)]
-        self.data_nbytes = [0] * num_processes
-        self.data_files = [data_file_name(process) for process in range(num_processes)]
-        values: list[tuple[bytes, int, bytes | ChunkId | tuple[int, int]]] = []
-        for number, array in enumerate(arrays):
-            metadata = array.metadata()
-            values.append((array.key(".zarray"), len(metadata), metadata))
-            values += self._place(number, array)
-        values.sort(key=lambda value: value[0])
-        self.index: list[IndexNode] = []
-        self.manifest = ocdbt.manifest_template(self._build_index(values))
+        self.files = [DataFile(process) for process in range(num_processes)]
+        self.num_sources = [0] * num_processes
+        places = [self._place(owner, array.chunk_nbytes) for array in arrays for owner in array.owners]
+        self.manifest = add_index(self.files[0], arrays, places)
 
-    def _place(self, number: int, array: ArraySpec) -> Iterator[tuple[bytes, int, bytes | ChunkId | tuple[int, int]]]:
-        nbytes = array.chunk_nbytes
-        for chunk, (position, owner) in enumerate(zip(array.grid, array.owners, strict=True)):
-            key = array.key(".".join(map(str, position)) or "0")
-            if owner == 0 and nbytes <= ocdbt.MAX_INLINE_VALUE_BYTES:
-                yield key, nbytes, (number, chunk)
-                continue
-            offset = _align(self.data_nbytes[owner])
-            self.data_nbytes[owner] = offset + nbytes
-            self.segments[owner].append(Segment((number, chunk), offset, nbytes))
-            yield key, nbytes, _Outside((owner, offset))
-
-    def _build_index(self, values: Sequence[tuple[bytes, int, object]]) -> ocdbt.Root:
-        if not values:
-            return ocdbt.Root(None, 0)
-        starts = range(0, len(values), _NODE_ENTRIES)
-        children, height = [self._leaf(values[start : start + _NODE_ENTRIES]) for start in starts], 0
-        while len(children) > 1:
-            height += 1
-            groups = [children[i : i + _NODE_ENTRIES] for i in range(0, len(children), _NODE_ENTRIES)]
-            children = [self._interior_node(height, group) for group in groups]
-        return ocdbt.Root(children[0], height)
-
-    def _leaf(self, values: Sequence[tuple[bytes, int, object]]) -> ocdbt.Child:
-        owners = sorted({value[0] for _, _, value in values if isinstance(value, _Outside)})
-        prefix = ocdbt.node_prefix(
-            [key for key, _, _ in values],
-            [nbytes for _, nbytes, _ in values],
-            [data_file_name(owner) for owner in owners],
-            [(owners.index(value[0]), value[1]) if isinstance(value, _Outside) else None for _, _, value in values],
-        )
-        inline_nbytes = sum(nbytes for _, nbytes, value in values if not isinstance(value, _Outside))
-        parts: list[bytes | ChunkId] = []
-        constant = [ocdbt.node_header(len(prefix) + inline_nbytes), prefix]
-        for _, _, value in values:
-            if isinstance(value, bytes):
-                constant.append(value)
-            elif isinstance(value, tuple) and not isinstance(value, _Outside):
-                parts += [b"".join(constant), value]  # bytes that never change are joined once, here
-                constant = []
-        parts.append(b"".join(constant))
-        nbytes = ocdbt.node_nbytes(len(prefix) + inline_nbytes)
-        outside_nbytes = sum(nbytes for _, nbytes, value in values if isinstance(value, _Outside))
-        offset = self._append_node(nbytes, parts)
-        return ocdbt.Child(values[0][0], data_file_name(0), offset, nbytes, len(values), nbytes, outside_nbytes)
-
-    def _interior_node(self, height: int, children: Sequence[ocdbt.Child]) -> ocdbt.Child:
-        body = ocdbt.interior_prefix(height, children)
-        nbytes = ocdbt.node_nbytes(len(body))
-        return ocdbt.Child(
-            children[0].first_key,
-            data_file_name(0),
-            self._append_node(nbytes, [ocdbt.node_header(len(body)) + body]),
-            nbytes,
-            sum(child.num_keys for child in children),
-            nbytes + sum(child.tree_nbytes for child in children),
-            sum(child.indirect_nbytes for child in children),
-        )
-
-    def _append_node(self, nbytes: int, parts: Sequence[bytes | ChunkId]) -> int:
-        offset = _align(self.data_nbytes[0])
-        self.data_nbytes[0] = offset + nbytes
-        self.index.append(IndexNode(offset, tuple(parts)))
-        return offset
+    def _place(self, owner: int, nbytes: int) -> Place:
+        source = self.num_sources[owner]
+        self.num_sources[owner] += 1
+        if owner == 0 and nbytes <= ocdbt.MAX_INLINE_VALUE_BYTES:
+            return Place(nbytes, owner, source, None)
+        return Place(nbytes, owner, source, self.files[owner].add(source, nbytes))
 
 
-class _Outside(tuple[int, int]):
-    """(owner, offset) of a chunk in a data file; a type of its own, to tell it from a ChunkId."""
+# ------------------------------------------------------------------ the index
 
-    __slots__ = ()
+_Value = tuple[bytes, bytes | Place]  # (key, what stands there: bytes that never change, or a chunk)
 
 
-def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def add_index(
+    file: DataFile, arrays: Sequence[ArraySpec], places: Sequence[Place], compressor: dict[str, Any] | None = None
+) -> bytes:
+    """Adds the nodes of the index over `arrays`, whose chunks are at `places`; returns the manifest's template."""
+    remaining = iter(places)
+    values: list[_Value] = []
+    for array in arrays:
+        values.append((array.key(".zarray"), array.metadata(compressor)))
+        values += [(array.chunk_key(number), next(remaining)) for number in range(len(array.grid))]
+    values.sort(key=lambda value: value[0])
+    return ocdbt.manifest_template(_add_tree(file, values))
+
+
+def _add_tree(file: DataFile, values: Sequence[_Value]) -> ocdbt.Root:
+    if not values:
+        return ocdbt.Root(None, 0)
+    children, height = [_add_leaf(file, group) for group in _groups(values)], 0
+    while len(children) > 1:
+        height += 1
+        children = [_add_interior(file, height, group) for group in _groups(children)]
+    return ocdbt.Root(children[0], height)
+
+
+def _groups(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (values[start : start + _NODE_ENTRIES] for start in range(0, len(values), _NODE_ENTRIES))
+
+
+def _add_leaf(file: DataFile, values: Sequence[_Value]) -> ocdbt.Child:
+    outside = [
+        (value.owner, value.offset) for _, value in values if isinstance(value, Place) and value.offset is not None
+    ]
+    owners = sorted({owner for owner, _ in outside})
+    sizes = [len(value) if isinstance(value, bytes) else value.nbytes for _, value in values]
+    are_outside = [isinstance(value, Place) and value.offset is not None for _, value in values]
+    prefix = ocdbt.node_prefix(
+        [key for key, _ in values],
+        sizes,
+        [data_file_name(owner) for owner in owners],
+        are_outside,
+        [(owners.index(owner), offset) for owner, offset in outside],
+    )
+    outside_nbytes = sum(nbytes for nbytes, is_outside in zip(sizes, are_outside, strict=True) if is_outside)
+    body_nbytes = len(prefix) + sum(sizes) - outside_nbytes
+    inline = [value for (_, value), is_outside in zip(values, are_outside, strict=True) if not is_outside]
+    parts = _merged([ocdbt.node_header(body_nbytes), prefix, *inline])
+    nbytes = ocdbt.node_nbytes(body_nbytes)
+    offset = file.add_node(nbytes, parts)
+    return ocdbt.Child(values[0][0], data_file_name(0), offset, nbytes, len(values), nbytes, outside_nbytes)
+
+
+def _merged(parts: Sequence[bytes | Place]) -> Iterator[bytes | int]:
+    """Bytes that never change are joined once, here; between them stand the sources."""
+    constant: list[bytes] = []
+    for part in parts:
+        if isinstance(part, bytes):
+            constant.append(part)
+            continue
+        if constant:
+            yield b"".join(constant)
+            constant = []
+        yield part.source
+    if constant:
+        yield b"".join(constant)
+
+
+def _add_interior(file: DataFile, height: int, children: Sequence[ocdbt.Child]) -> ocdbt.Child:
+    body = ocdbt.interior_prefix(height, children)
+    nbytes = ocdbt.node_nbytes(len(body))
+    return ocdbt.Child(
+        children[0].first_key,
+        data_file_name(0),
+        file.add_node(nbytes, [ocdbt.node_header(len(body)) + body]),
+        nbytes,
+        sum(child.num_keys for child in children),
+        nbytes + sum(child.tree_nbytes for child in children),
+        sum(child.indirect_nbytes for child in children),
+    )

@@ -32,7 +32,6 @@ from ckpt_hooks.errors import CorruptCheckpointError
 
 __all__ = [
     "Child",
-    "Entry",
     "Node",
     "Root",
     "decode_manifest",
@@ -53,15 +52,8 @@ MANIFEST_UUID = slice(_OUTER_HEADER.size, _OUTER_HEADER.size + 16)
 MANIFEST_TIME = slice(-9, -1)
 
 U64 = npt.NDArray[np.uint64]
-
-
-class Entry(NamedTuple):
-    """Where a value stands: in `inline`, or at `offset` of `file`, `nbytes` long."""
-
-    nbytes: int
-    inline: memoryview | None
-    file: str = ""
-    offset: int = 0
+I64 = npt.NDArray[np.int64]
+_NO_NUMBERS: I64 = np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +81,24 @@ _NOWHERE = 2**64 - 1
 _MISSING = Child(b"", "", _NOWHERE, _NOWHERE, 0, 0, 0)  # how tensorstore writes that there is no root
 
 
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """A decoded node: `entries` of a leaf, or `children` of an interior node."""
+class Node(NamedTuple):
+    """A decoded node: the values of a leaf in columns, or the children of an interior node.
 
-    entries: dict[bytes, Entry]
-    children: tuple[Child, ...]
+    Attributes:
+      keys: in their order.
+      nbytes: the lengths of the values.
+      files: for each value, the number of its file in `file_table`, or -1 where it stands in the node.
+      offsets: of the values, in their file or in `body`.
+      body: the node without header and checksum.
+    """
+
+    keys: list[bytes]
+    nbytes: I64
+    files: I64
+    offsets: I64
+    file_table: list[str]
+    body: memoryview
+    children: tuple[Child, ...] = ()
 
 
 # ------------------------------------------------------------------ integers and columns
@@ -134,10 +138,10 @@ def encode_varints(values: Sequence[int] | U64) -> bytes:
     return bytes(groups[position < used[:, None]].tobytes())
 
 
-def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[list[int], int]:
+def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
     """`num` LEB128 integers from `start`, and the position after them."""
     if num == 0:
-        return [], start
+        return np.zeros(0, np.uint64), start
     window = buffer[start : start + 10 * num]
     ends = np.flatnonzero(window < 0x80)[:num]
     if len(ends) < num:
@@ -151,7 +155,7 @@ def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple
         has = lengths > k
         group = (window[starts[has] + k] & 0x7F).astype(np.uint64)
         values[has] |= group << np.uint64(7 * k)
-    return values.tolist(), start + int(ends[-1]) + 1
+    return values, start + int(ends[-1]) + 1
 
 
 def shared_prefix_lengths(keys: Sequence[bytes]) -> list[int]:
@@ -200,14 +204,14 @@ def node_prefix(
     keys: Sequence[bytes],
     value_nbytes: Sequence[int],
     files: Sequence[str],
-    locations: Sequence[tuple[int, int] | None],
+    are_outside: Sequence[bool],
+    outside: Sequence[tuple[int, int]],
 ) -> bytes:
     """A leaf node without the inline values that follow and without its length and checksum.
 
-    `locations[i]` is (file number, offset) of a value out of line, None for one that stands in the node.
+    `outside` has (file number, offset) for each value out of line, in the order of the keys.
     All of it depends only on the structure of a state, so it is made once (`storage.layout`).
     """
-    outside = [where for where in locations if where is not None]
     return b"".join(
         (
             b"\0",  # height
@@ -215,7 +219,7 @@ def node_prefix(
             varint(len(keys)),
             _keys_columns(keys, interior=False),
             encode_varints(value_nbytes),
-            bytes(where is not None for where in locations),
+            bytes(are_outside),
             encode_varints([file for file, _ in outside]),
             encode_varints([offset for _, offset in outside]),
         )
@@ -316,7 +320,7 @@ def decode_manifest(encoded: bytes) -> Root:
 
 
 def decode_node(encoded: bytes | memoryview) -> Node:
-    """The entries or the children of a node. Raises CorruptCheckpointError when it does not verify."""
+    """The values or the children of a node. Raises CorruptCheckpointError when it does not verify."""
     reader = _Reader(_open(_NODE_MAGIC, encoded, "node"))
     height = reader.byte()
     files = reader.file_table()
@@ -325,8 +329,9 @@ def decode_node(encoded: bytes | memoryview) -> Node:
     if height > 0:
         columns = [reader.column(num) for _ in range(6)]
         rows = zip(keys, *columns, strict=True)
-        return Node({}, tuple(Child(key, files[file], *rest) for key, file, *rest in rows))
-    return Node(reader.leaf_entries(keys, files), ())
+        children = tuple(Child(key, files[file], *rest) for key, file, *rest in rows)
+        return Node([], _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, [], memoryview(b""), children)
+    return reader.leaf(keys, files)
 
 
 def _open(magic: int, encoded: bytes | memoryview, what: str) -> memoryview:
@@ -362,9 +367,14 @@ class _Reader:
     def byte(self) -> int:
         return self.skip(1)[0]
 
+    def array(self, num: int) -> I64:
+        values, self._at = decode_varints(self._bytes, self._at, num)
+        return values.astype(np.int64)
+
     def column(self, num: int) -> list[int]:
         values, self._at = decode_varints(self._bytes, self._at, num)
-        return values
+        integers: list[int] = values.tolist()
+        return integers
 
     def file_table(self) -> list[str]:
         (num,) = self.column(1)
@@ -381,23 +391,23 @@ class _Reader:
         return self._unshare(shared, lengths)
 
     def _unshare(self, shared: list[int], lengths: list[int]) -> list[bytes]:
+        suffixes, at = bytes(self.skip(sum(lengths))), 0
         keys = []
         key = b""
         for keep, length in zip(shared, lengths, strict=True):
-            key = key[:keep] + bytes(self.skip(length))
+            key = key[:keep] + suffixes[at : at + length]
+            at += length
             keys.append(key)
         return keys
 
-    def leaf_entries(self, keys: list[bytes], files: list[str]) -> dict[bytes, Entry]:
-        nbytes = self.column(len(keys))
-        kinds = self.column(len(keys))
-        num_outside = sum(kinds)
-        places = zip(self.column(num_outside), self.column(num_outside), strict=True)
-        entries = {}
-        for key, size, kind in zip(keys, nbytes, kinds, strict=True):
-            if kind:
-                file, offset = next(places)
-                entries[key] = Entry(size, None, files[file], offset)
-            else:
-                entries[key] = Entry(size, self.skip(size))
-        return entries
+    def leaf(self, keys: list[bytes], file_table: list[str]) -> Node:
+        nbytes = self.array(len(keys))
+        is_outside = self.array(len(keys)) == 1
+        num_outside = int(is_outside.sum())
+        files, offsets = np.full(len(keys), -1), np.zeros(len(keys), np.int64)
+        files[is_outside] = self.array(num_outside)
+        offsets[is_outside] = self.array(num_outside)
+        inline = nbytes[~is_outside]
+        offsets[~is_outside] = self._at + np.cumsum(inline) - inline
+        self.skip(int(inline.sum()))
+        return Node(keys, nbytes, files, offsets, file_table, self._body)

@@ -1,42 +1,57 @@
-"""The verified reader of what `layout` and `writer` wrote: straight into place, in parallel, every piece checked."""
+"""The verified reader of what `layout` and `writer` wrote: straight into place, in parallel, every piece checked.
+
+What is asked for is a set of byte ranges, so the pieces that cover them are read, and nothing else. Neighbouring
+pieces share one slab of memory, and the arrays are views of it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
-import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and its siblings with NumPy by name)
 import numpy as np
-import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import ocdbt
-from ckpt_hooks.storage.checksums import ARRAY_FILE, ArrayChecksums, check_piece
+from ckpt_hooks.storage.checksums import ARRAY_FILE, ArrayChecksums, PieceTable, check_piece
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.layout import array_key
+from ckpt_hooks.storage.memory import Bytes, aligned_memory
+from ckpt_hooks.storage.ocdbt import I64
 
 __all__ = ["ArrayInfo", "Database", "dtype_from_zarr"]
 
-_SLAB_BYTES = 16 << 20  # small neighbours are read together; more would keep dead memory alive for one leaf
-_READ_BYTES = 16 << 20
+_SLAB_BYTES = 16 << 20  # small neighbours share memory up to here; more would keep dead memory alive for one leaf
+_READ_BYTES = 8 << 20
 _THREADS = 2
-_HUGE_PAGE_BYTES = 2 << 20
+_WORTH_A_THREAD_BYTES = 4 << 20
+_METADATA_KEY = b".zarray"
 
-Bytes = npt.NDArray[np.uint8]
 
-
-@dataclasses.dataclass(frozen=True)
-class ArrayInfo:
+class ArrayInfo(NamedTuple):
     """An array on disk."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk_shape: tuple[int, ...]
+
+
+class _Array(NamedTuple):
+    """An array in the index; `chunk` is the number of its only chunk, -1 where it has several or none."""
+
+    info: ArrayInfo
+    chunk_nbytes: int
+    chunk: int
+
+
+_Value = tuple[Any, int]  # memory that holds it, and where in it the value begins
+_NOTHING: _Value = (b"", 0)
 
 
 class Database:
@@ -49,10 +64,16 @@ class Database:
         self._directory = directory
         self._verify = verify
         table = os.path.join(directory, ARRAY_FILE)
-        checksums = ArrayChecksums.decode(_read_file(table), table)
-        self._checksums = checksums
-        self._pieces = {name: checksums.of(name) for name in checksums.files}
-        self._entries = self._read_index()
+        self._checksums = ArrayChecksums.decode(_read_file(table), table)
+        self._pieces: dict[str, PieceTable] = {}
+        self._numbers: dict[bytes, int] = {}  # of the values, by their keys
+        self._nbytes, self._files, self._offsets = (np.zeros(0, np.int64) for _ in range(3))
+        self._file_names: list[str] = []
+        self._bodies: list[memoryview] = []  # of the nodes; where `_files` is -1 - n, the value stands in body n
+        self._arrays: dict[str, _Array] = {}
+        for node in self._read_index():
+            self._add_node(node)
+        self._find_arrays()
 
     @staticmethod
     def is_ours(directory: str) -> bool:
@@ -61,181 +82,193 @@ class Database:
 
     def info(self, name: str) -> ArrayInfo:
         """Shape, dtype and chunks of an array."""
-        entry = self._entries.get(array_key(name, ".zarray"))
-        if entry is None or entry.inline is None:
+        if name not in self._arrays:
             raise CorruptCheckpointError(f"{self._directory}: the index has no array {name!r}")
-        return _parse_zarray(bytes(entry.inline))
+        return self._arrays[name].info
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The arrays of these names; memory is aligned to 64 bytes and shared with no other call."""
-        infos = {name: self.info(name) for name in names}
-        chunks = [
-            (name, position, entry) for name, info in infos.items() for position, entry in self._chunks(name, info)
-        ]
-        contents = self._read_chunks([entry for _, _, entry in chunks])
-        arrays: dict[str, np.ndarray] = {}
-        for (name, position, _), content in zip(chunks, contents, strict=True):
-            _assemble(arrays, name, infos[name], position, content)
-        for name in infos.keys() - arrays.keys():
-            arrays[name] = np.empty(infos[name].shape, infos[name].dtype)  # no element, so no chunk
+        wanted = {name: self._arrays[name] for name in names}
+        whole = {name: array for name, array in wanted.items() if array.chunk >= 0}
+        cut = {name: self._chunks(name, array) for name, array in wanted.items() if array.chunk < 0}
+        numbers = [array.chunk for array in whole.values()]
+        numbers += [number for chunks in cut.values() for _, number in chunks]
+        expected = [array.chunk_nbytes for array in whole.values()]
+        expected += [wanted[name].chunk_nbytes for name, chunks in cut.items() for _ in chunks]
+        values = iter(self._read_values(np.array(numbers, np.int64), np.array(expected, np.int64)))
+        arrays = {
+            name: np.ndarray(array.info.shape, array.info.dtype, memory, offset)  # what was read is the array
+            for (name, array), (memory, offset) in zip(whole.items(), values)  # noqa: B905 (the rest is below)
+        }
+        for name, chunks in cut.items():
+            arrays[name] = _assembled(wanted[name].info, [position for position, _ in chunks], values)
         return arrays
+
+    def _chunks(self, name: str, array: _Array) -> list[tuple[tuple[int, ...], int]]:
+        """(position, number of its value) of every chunk."""
+        chunks = []
+        for position, suffix in _grid(array.info.shape, array.info.chunk_shape):
+            number = self._numbers.get(array_key(name, suffix))
+            if number is None:
+                raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
+            chunks.append((position, number))
+        return chunks
 
     # -------------------------------------------------------------- the index
 
-    def _read_index(self) -> dict[bytes, ocdbt.Entry]:
+    def _read_index(self) -> list[ocdbt.Node]:
         root = ocdbt.decode_manifest(_read_file(os.path.join(self._directory, ocdbt.MANIFEST_FILE)))
-        entries: dict[bytes, ocdbt.Entry] = {}
         pending = [] if root.child is None else [root.child]
+        nodes = []
         while pending:
             child = pending.pop()
-            (encoded,) = self._read_chunks([ocdbt.Entry(child.nbytes, None, child.file, child.offset)])
-            node = ocdbt.decode_node(encoded.data)
-            entries.update(node.entries)
+            ((memory, at),) = self._read_ranges(child.file, np.array([child.offset]), np.array([child.nbytes]))
+            node = ocdbt.decode_node(memory.data[at : at + child.nbytes])
             pending += node.children
-        return entries
+            nodes.append(node)
+        return nodes
 
-    def _chunks(self, name: str, info: ArrayInfo) -> Iterator[tuple[tuple[int, ...], ocdbt.Entry]]:
-        if 0 in info.shape:
-            return
-        expected_nbytes = math.prod(info.chunk_shape) * info.dtype.itemsize
-        for position, suffix in _grid(info.shape, info.chunk_shape):
-            entry = self._entries.get(array_key(name, suffix))
-            if entry is None or entry.nbytes != expected_nbytes:
-                raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
-            yield position, entry
+    def _add_node(self, node: ocdbt.Node) -> None:
+        known = len(self._nbytes)
+        self._numbers.update(zip(node.keys, range(known, known + len(node.keys)), strict=True))
+        files = np.where(node.files < 0, -1 - len(self._bodies), node.files + len(self._file_names))
+        self._bodies.append(node.body)
+        self._file_names += node.file_table
+        self._nbytes = np.concatenate((self._nbytes, node.nbytes))
+        self._files = np.concatenate((self._files, files))
+        self._offsets = np.concatenate((self._offsets, node.offsets))
+
+    def _find_arrays(self) -> None:
+        """One pass over the keys: asking for the parts of every array by name would take several times as long."""
+        files, offsets, nbytes = self._files.tolist(), self._offsets.tolist(), self._nbytes.tolist()
+        for key, number in self._numbers.items():
+            if not key.endswith(_METADATA_KEY) or files[number] >= 0:
+                continue
+            encoded = self._bodies[-1 - files[number]][offsets[number] : offsets[number] + nbytes[number]]
+            info, chunk_nbytes, only_suffix = _parse_zarray(bytes(encoded))
+            stem = key[: -len(_METADATA_KEY)]
+            chunk = self._numbers.get(stem + only_suffix, -1) if only_suffix else -1
+            self._arrays[stem[:-1].decode()] = _Array(info, chunk_nbytes, chunk)
 
     # -------------------------------------------------------------- bytes
 
-    def _read_chunks(self, entries: Sequence[ocdbt.Entry]) -> list[Bytes]:
-        """The content of each entry, in the order given."""
-        contents: list[Bytes | None] = [None] * len(entries)
-        outside: dict[str, list[int]] = {}
-        for number, entry in enumerate(entries):
-            if entry.inline is not None:
-                # Checked with the node that it stands in; copied, since the caller may write to it.
-                contents[number] = np.frombuffer(entry.inline, np.uint8).copy()
-            else:
-                outside.setdefault(entry.file, []).append(number)
+    def _read_values(self, numbers: I64, expected_nbytes: I64) -> list[_Value]:
+        if (self._nbytes[numbers] != expected_nbytes).any():
+            raise CorruptCheckpointError(
+                f"{self._directory}: the index has chunks of a length that is not their array's"
+            )
+        values: list[_Value] = [_NOTHING] * len(numbers)
+        files = self._files[numbers]
+        for place in np.flatnonzero(files < 0).tolist():
+            number = int(numbers[place])
+            body, offset = self._bodies[-1 - self._files[number]], int(self._offsets[number])
+            # Checked with the node that it stands in; copied, since the caller may write to it.
+            values[place] = bytearray(body[offset : offset + int(self._nbytes[number])]), 0
+        for file in np.unique(files[files >= 0]).tolist():
+            places = np.flatnonzero(files == file)
+            asked = numbers[places]
+            found = self._read_ranges(self._file_names[file], self._offsets[asked], self._nbytes[asked])
+            for place, value in zip(places.tolist(), found, strict=True):
+                values[place] = value
+        return values
+
+    def _read_ranges(self, name: str, offsets: I64, nbytes: I64) -> list[_Value]:
+        """Ranges of a data file."""
+        path, pieces = f"{self._directory}/{name}", self._pieces_of(name)
+        first, stop = pieces.covering(offsets, offsets + nbytes, path)
+        order = np.argsort(offsets, kind="stable")
+        values: list[_Value] = [_NOTHING] * len(offsets)
         tasks: list[Callable[[], None]] = []
-        descriptors = {name: self._open(name) for name in outside}
+        descriptor = _open(path)
         try:
-            for name, numbers in outside.items():
-                numbers.sort(key=lambda number: entries[number].offset)
-                for group in _neighbours(numbers, entries):
-                    tasks += self._read_group(name, descriptors[name], group, entries, contents)
-            run_parallel(tasks, _THREADS)
+            for begin, end in _slabs(pieces, first[order].tolist(), stop[order].tolist()):
+                group = order[begin:end]
+                first_piece, stop_piece = int(first[group[0]]), int(stop[group].max())
+                start = int(pieces.starts[first_piece])
+                slab = aligned_memory(int(pieces.ends[stop_piece - 1]) - start)
+                for place, offset in zip(group.tolist(), (offsets[group] - start).tolist(), strict=True):
+                    values[place] = slab, offset
+                read = functools.partial(self._read_block, path, descriptor, slab, start, pieces)
+                tasks += [functools.partial(read, block) for block in _blocks(pieces, first_piece, stop_piece)]
+            run_parallel(tasks, _THREADS if int(nbytes.sum()) > _WORTH_A_THREAD_BYTES else 1)
         finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
-        return [content for content in contents if content is not None]
-
-    def _read_group(
-        self,
-        name: str,
-        descriptor: int,
-        group: Sequence[int],
-        entries: Sequence[ocdbt.Entry],
-        contents: list[Bytes | None],
-    ) -> Iterator[Callable[[], None]]:
-        """Places neighbouring entries in one slab of memory; yields the reads that fill it."""
-        start = entries[group[0]].offset
-        last = entries[group[-1]]
-        slab = _aligned_memory(last.offset + last.nbytes - start)
-        pieces: list[tuple[int, int, int]] = []
-        for number in group:
-            entry = entries[number]
-            contents[number] = slab[entry.offset - start : entry.offset - start + entry.nbytes]
-            pieces += self._pieces_of(name, entry)
-        for block in _grouped_pieces(pieces):
-            yield functools.partial(self._read_block, name, descriptor, slab, start, block)
-
-    def _pieces_of(self, name: str, entry: ocdbt.Entry) -> Iterator[tuple[int, int, int]]:
-        known = self._pieces.get(name, {})
-        offset, end = entry.offset, entry.offset + entry.nbytes
-        while offset < end:
-            nbytes, saved = known.get(offset, (0, 0))
-            if nbytes == 0 or offset + nbytes > end:
-                raise CorruptCheckpointError(
-                    f"{self._directory}/{name}: no checksum covers the bytes from {offset} to {end}"
-                )
-            yield offset, nbytes, saved
-            offset += nbytes
+            os.close(descriptor)
+        return values
 
     def _read_block(
-        self, name: str, descriptor: int, slab: Bytes, start: int, block: Sequence[tuple[int, int, int]]
+        self, path: str, descriptor: int, slab: Bytes, start: int, pieces: PieceTable, block: range
     ) -> None:
-        first, end = block[0][0], block[-1][0] + block[-1][1]
-        target = slab[first - start : end - start]
-        _read_exactly(descriptor, target, first, f"{self._directory}/{name}")
+        """Reads neighbouring pieces into their slab, which begins at `start` of the file, and checks them."""
+        bounds = [(pieces.starts[number] - start, pieces.ends[number] - start) for number in block]
+        _read_exactly(descriptor, slab[bounds[0][0] : bounds[-1][1]], start + int(bounds[0][0]), path)
         if self._verify:
-            for offset, nbytes, saved in block:
-                where = f"{self._directory}/{name}: bytes {offset} to {offset + nbytes} are not what was saved"
-                check_piece(slab[offset - start : offset - start + nbytes].data, saved, where)
+            for number, (begin, end) in zip(block, bounds, strict=True):
+                where = f"{path}: bytes {start + begin} to {start + end} are not what was saved"
+                check_piece(slab[begin:end].data, pieces.digests[number], where)
 
-    def _open(self, name: str) -> int:
-        path = os.path.join(self._directory, name)
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise CorruptCheckpointError(f"{path} is missing") from None
+    def _pieces_of(self, name: str) -> PieceTable:
+        if name not in self._pieces:
+            self._pieces[name] = self._checksums.table(name)
+        return self._pieces[name]
 
 
 # ------------------------------------------------------------------ grouping
 
 
-def _neighbours(numbers: Sequence[int], entries: Sequence[ocdbt.Entry]) -> Iterator[list[int]]:
-    """Runs of entries that lie one after another, each run at most a slab long (or one entry)."""
-    group: list[int] = []
-    for number in numbers:
-        entry = entries[number]
-        if group:
-            first, last = entries[group[0]], entries[group[-1]]
-            gap = entry.offset - (last.offset + last.nbytes)
-            if not 0 <= gap < 64 or entry.offset + entry.nbytes - first.offset > _SLAB_BYTES:
-                yield group
-                group = []
-        group.append(number)
-    if group:
-        yield group
+def _slabs(pieces: PieceTable, first: Sequence[int], stop: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges, sorted by offset, that share one memory: neighbours, up to a slab, and all that share a piece."""
+    begin = 0
+    for number in range(1, len(first)):
+        shares_a_piece = first[number] < stop[number - 1]
+        is_neighbour = first[number] == stop[number - 1]
+        if shares_a_piece or (
+            is_neighbour and pieces.ends[stop[number] - 1] - pieces.starts[first[begin]] <= _SLAB_BYTES
+        ):
+            continue
+        yield begin, number
+        begin = number
+    if first:
+        yield begin, len(first)
 
 
-def _grouped_pieces(pieces: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Pieces that one read fetches."""
-    block: list[tuple[int, int, int]] = []
-    for piece in pieces:
-        if block and piece[0] + piece[1] - block[0][0] > _READ_BYTES:
-            yield block
-            block = []
-        block.append(piece)
-    if block:
-        yield block
+def _blocks(pieces: PieceTable, first: int, stop: int) -> Iterator[range]:
+    """The pieces of a slab, as many at a time as one read fetches."""
+    begin = first
+    for number in range(first, stop):
+        if pieces.ends[number] - pieces.starts[begin] > _READ_BYTES and number > begin:
+            yield range(begin, number)
+            begin = number
+    yield range(begin, stop)
 
 
-# ------------------------------------------------------------------ memory and files
+# ------------------------------------------------------------------ files
 
 
-def _aligned_memory(nbytes: int) -> Bytes:
-    """Fresh memory at a multiple of 64 bytes, in huge pages where it is large: page faults cost more than reads."""
-    if nbytes < mmap.PAGESIZE:
-        memory = np.empty(nbytes + 64, np.uint8)
-        skip = -memory.ctypes.data % 64
-        return memory[skip : skip + nbytes]
-    pages = mmap.mmap(-1, nbytes)
-    if nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages
-    return np.frombuffer(pages, np.uint8)
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CorruptCheckpointError(f"{path} is missing") from None
 
 
 def _read_exactly(descriptor: int, target: Bytes, offset: int, path: str) -> None:
     view = target.data
     while view:
-        got = os.preadv(descriptor, [view], offset)
+        got = _read_at(descriptor, view, offset)
         if got == 0:
             raise CorruptCheckpointError(f"{path} is cut off at byte {offset}")
         view, offset = view[got:], offset + got
+
+
+_seek_lock = threading.Lock()
+
+
+def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], offset)
+    with _seek_lock:  # the threads share the descriptor, and so its position
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.readv(descriptor, [view])
 
 
 def _read_file(path: str) -> bytes:
@@ -257,11 +290,13 @@ def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> list[tuple[tu
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse_zarray(encoded: bytes) -> ArrayInfo:
-    fields: Mapping[str, object] = json.loads(encoded)
-    shape, chunks, dtype = fields["shape"], fields["chunks"], fields["dtype"]
-    assert isinstance(shape, list) and isinstance(chunks, list) and isinstance(dtype, str)
-    return ArrayInfo(tuple(shape), dtype_from_zarr(dtype), tuple(chunks))
+def _parse_zarray(encoded: bytes) -> tuple[ArrayInfo, int, bytes]:
+    """(the array, the length of a chunk, the key suffix of its only chunk: empty where it has not just one)."""
+    fields = json.loads(encoded)
+    info = ArrayInfo(tuple(fields["shape"]), dtype_from_zarr(fields["dtype"]), tuple(fields["chunks"]))
+    is_whole = info.shape == info.chunk_shape
+    suffix = b".".join([b"0"] * max(1, len(info.shape))) if is_whole else b""
+    return info, math.prod(info.chunk_shape) * info.dtype.itemsize, suffix
 
 
 def dtype_from_zarr(text: str) -> np.dtype:
@@ -269,18 +304,17 @@ def dtype_from_zarr(text: str) -> np.dtype:
     return np.dtype(text)
 
 
-def _assemble(
-    arrays: dict[str, np.ndarray], name: str, info: ArrayInfo, position: tuple[int, ...], content: Bytes
-) -> None:
-    chunk = content.view(info.dtype).reshape(info.chunk_shape)
-    if info.chunk_shape == info.shape:
-        arrays[name] = chunk  # the memory that was read is the array
-        return
-    if name not in arrays:
-        nbytes = math.prod(info.shape) * info.dtype.itemsize
-        arrays[name] = _aligned_memory(nbytes).view(info.dtype).reshape(info.shape)
-    starts = [p * c for p, c in zip(position, info.chunk_shape, strict=True)]
-    region = tuple(
-        slice(start, min(start + c, n)) for start, c, n in zip(starts, info.chunk_shape, info.shape, strict=True)
-    )
-    arrays[name][region] = chunk[tuple(slice(0, r.stop - r.start) for r in region)]
+def _assembled(info: ArrayInfo, positions: Sequence[tuple[int, ...]], values: Iterator[_Value]) -> np.ndarray:
+    """An array of several chunks, or of none, which are the next of `values`."""
+    nbytes = math.prod(info.shape) * info.dtype.itemsize
+    array = aligned_memory(nbytes).view(info.dtype).reshape(info.shape)
+    for position, (memory, offset) in zip(positions, values):  # noqa: B905 (the rest is other arrays')
+        _fill(array, position, np.ndarray(info.chunk_shape, info.dtype, memory, offset))
+    return array
+
+
+def _fill(array: np.ndarray, position: tuple[int, ...], chunk: np.ndarray) -> None:
+    """Puts a chunk, which may reach over the end of the array, into its place."""
+    starts = [p * c for p, c in zip(position, chunk.shape, strict=True)]
+    region = tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, chunk.shape, array.shape, strict=True))
+    array[region] = chunk[tuple(slice(0, part.stop - part.start) for part in region)]

@@ -1,4 +1,9 @@
-"""The parallel writer: one data file, large vectored writes, a checksum of every piece on its way out."""
+"""The parallel writer: one data file, large writes, a checksum of every piece on its way out.
+
+A save in the foreground writes the caller's memory as it is. One in the background lets go of it first:
+`ArrayWriter.detach` copies what the caller may change, within the bound of `HostMemory`, and writes at once what
+does not fit.
+"""
 
 from __future__ import annotations
 
@@ -6,127 +11,285 @@ import errno
 import functools
 import os
 import struct
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 
-from ckpt_hooks.storage import ocdbt
-from ckpt_hooks.storage.checksums import ARRAY_FILE, PIECE, ArrayChecksums, Pieces, digest
+from ckpt_hooks.storage import commit, ocdbt
+from ckpt_hooks.storage.checksums import ARRAY_FILE, PIECE, ArrayChecksums, digest
 from ckpt_hooks.storage.commit import run_parallel
-from ckpt_hooks.storage.layout import ChunkId, Layout
+from ckpt_hooks.storage.layout import SMALL_CHUNK_BYTES, Block, DataFile, Layout
+from ckpt_hooks.storage.memory import Bytes, aligned_memory, host_bytes
 
-__all__ = ["write_arrays"]
+__all__ = ["ArrayWriter", "HostMemory", "Sources"]
 
-
-BLOCK_BYTES = 16 << 20  # one write; also the longest piece with a checksum of its own
-_BLOCK_PARTS = 400  # half of IOV_MAX (1024), with a gap between any two parts
 _THREADS = 2
-_ZEROS = bytes(64)
+_WORTH_A_THREAD_BYTES = 4 << 20
+_PREALLOCATED_BYTES = 1 << 20  # a smaller file is one write, which finds a full disk itself
+_FETCHED_BYTES = 256 << 20  # on their way from an accelerator at a time
 
-Part = tuple[int, memoryview]  # (offset in the file, content)
+Content = bytes | memoryview
 
 
-def write_arrays(
-    directory: str, layout: Layout, chunks: Mapping[ChunkId, memoryview], process: int
-) -> dict[str, bytes]:
-    """Writes the data file of one process; returns the small files that go with it, {name: content}.
+class Sources(NamedTuple):
+    """The bytes of the chunks that a process owns, in the order of the layout.
 
-    Neither is durable before `commit.sync_tree`.
+    Attributes:
+      buffers: objects with the buffer protocol, in C order.
+      mutable: the numbers of those whose memory the caller may change.
+      remote: those that are still on an accelerator: {number: JAX array}.
     """
-    parts = [(segment.offset, chunks[segment.chunk]) for segment in layout.segments[process]]
-    files = {}
-    if process == 0:
-        for node in layout.index:
-            encoded = b"".join([part if isinstance(part, bytes) else chunks[part] for part in node.parts])
-            parts.append((node.offset, memoryview(encoded + _crc32c(encoded))))
-        manifest = bytearray(layout.manifest)
-        manifest[ocdbt.MANIFEST_UUID] = os.urandom(16)
-        manifest[ocdbt.MANIFEST_TIME] = time.time_ns().to_bytes(8, "little")
-        files[ocdbt.MANIFEST_FILE] = bytes(manifest) + _crc32c(manifest)
-    name, nbytes = layout.data_files[process], layout.data_nbytes[process]
-    pieces = _write_data_file(os.path.join(directory, name), parts, nbytes)
-    files[ARRAY_FILE] = ArrayChecksums({name: (pieces, nbytes)}).encode()
-    return files
+
+    buffers: Sequence[Any]
+    mutable: Collection[int] = ()
+    remote: Mapping[int, Any] = {}
 
 
-def _write_data_file(path: str, parts: Sequence[Part], nbytes: int) -> Pieces:
-    """Writes `parts`, in the order of their offsets, into a new file of `nbytes`; returns their checksums."""
-    blocks = list(_blocks(parts))
-    pieces = np.zeros(sum(len(block) for block in blocks), PIECE)
-    starts = np.cumsum([0, *(len(block) for block in blocks)])
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        _preallocate(descriptor, nbytes)
-        tasks = [
-            functools.partial(_write_block, descriptor, block, pieces[start : start + len(block)])
-            for block, start in zip(blocks, starts, strict=False)
-        ]
-        run_parallel(tasks, _THREADS if nbytes > BLOCK_BYTES else 1)
-    finally:
-        os.close(descriptor)
-    return pieces
+class HostMemory:
+    """What background saves may hold of the states that they write.
+
+    Memory that a save has copied into is kept for the next one: making its pages takes longer than filling them.
+
+    Args:
+      limit_bytes: how many bytes of states background saves may hold at a time; None for all that there is.
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self._idle: list[Bytes] = []
+        # By the saves themselves, weakly: one that fails half-way and is forgotten holds nothing any more.
+        self._held_bytes: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()  # a save begins in one thread and ends in another
+
+    def claim(self, owner: object, nbytes: int) -> int:
+        """How many of `nbytes` a save may hold, until it calls `release`."""
+        with self._lock:
+            if self.limit_bytes is not None:
+                nbytes = min(nbytes, max(0, self.limit_bytes - sum(self._held_bytes.values())))
+            self._held_bytes[owner] = nbytes
+        return nbytes
+
+    def take(self, nbytes: int) -> Bytes:
+        """Memory of at least `nbytes`: the smallest idle one that does, else fresh."""
+        with self._lock:
+            fitting = [memory for memory in self._idle if memory.nbytes >= nbytes]
+            if fitting:
+                best = min(fitting, key=len)
+                self._idle = [memory for memory in self._idle if memory is not best]
+                return best
+            self._idle.clear()  # of a structure that is no longer saved: it would never be used again
+        return aligned_memory(nbytes)
+
+    def release(self, owner: object, memory: Bytes | None) -> None:
+        """The opposite of `claim` and `take`."""
+        with self._lock:
+            self._held_bytes.pop(owner, None)
+            if memory is not None:
+                self._idle.append(memory)
+
+    def clear(self) -> None:
+        """Gives the idle memory back to the system."""
+        with self._lock:
+            self._idle.clear()
+
+
+class ArrayWriter:
+    """The data file of one process on its way from memory to the disk."""
+
+    def __init__(self, layout: Layout, process: int, sources: Sources) -> None:
+        self._file: DataFile = layout.files[process]
+        self._manifest_template = layout.manifest if process == 0 else None
+        self._mutable, self._remote = sources.mutable, dict(sources.remote)
+        self._pool = [*sources.buffers, *self._file.constants]
+        self._num_written = 0  # blocks
+        self._digests: list[Sequence[int]] = [()] * len(self._file.blocks)
+        self._held: list[Content | None] = [None] * len(self._file.blocks)  # what `detach` has taken
+        self._memory: HostMemory | None = None
+        self._region: Bytes | None = None
+
+    # -------------------------------------------------------------- letting go of the caller's memory
+
+    def detach(self, directory: str, memory: HostMemory, *, copies: bool) -> None:
+        """After it, the caller may change, donate or delete what it gave.
+
+        Args:
+          directory: of the item; what `memory` has no room for is written there at once.
+          copies: whether JAX arrays are copied too. A view of an array on CPU is as safe: JAX keeps the buffer of an
+            array that is donated or deleted while a view of it lives. But then the next donated step has to find
+            fresh memory for all of it.
+        """
+        blocks, first = self._file.blocks, 0
+        if memory.limit_bytes is not None:
+            self._memory = memory
+            excess_bytes = self._file.nbytes - memory.claim(self, self._file.nbytes)
+            while excess_bytes > 0 and first < len(blocks):
+                excess_bytes -= blocks[first].nbytes
+                first += 1
+            if first:
+                self._write_blocks(directory, first)
+        self._hold(range(first, len(blocks)), memory, copies=copies)
+        self._pool = []
+
+    def _hold(self, numbers: range, memory: HostMemory, *, copies: bool) -> None:
+        if self._remote:
+            self._fetch(numbers)
+        viewed = []
+        for number in numbers:
+            content = self._held[number] = self._content(self._file.blocks[number])
+            if isinstance(content, memoryview):
+                viewed.append(number)
+        if not copies:
+            viewed = [number for number in viewed if self._file.blocks[number].parts[0] in self._mutable]
+        if not viewed:
+            return
+        nbytes = sum([self._file.blocks[number].nbytes for number in viewed])
+        region, tasks, end = memory.take(nbytes), [], 0
+        self._memory, self._region = memory, region
+        for number in viewed:
+            start, end = end, end + self._file.blocks[number].nbytes
+            tasks.append(functools.partial(self._copy, number, region[start:end]))
+        run_parallel(tasks, _THREADS if nbytes > _WORTH_A_THREAD_BYTES else 1)
+
+    def _copy(self, number: int, place: Bytes) -> None:
+        content = self._held[number]
+        assert content is not None
+        np.copyto(place, np.frombuffer(content, np.uint8))
+        self._held[number] = place.data
+
+    def _fetch(self, numbers: range) -> None:
+        """Brings what these blocks need from the accelerators, all transfers side by side."""
+        remote = self._remote
+        parts = {part for number in numbers for part in self._file.blocks[number].parts if part in remote}
+        arrays = {part: remote.pop(part) for part in parts}
+        for array in arrays.values():
+            array.copy_to_host_async()
+        for part, array in arrays.items():
+            self._pool[part] = host_bytes(array)
+
+    # -------------------------------------------------------------- writing
+
+    def write(self, directory: str) -> dict[str, bytes]:
+        """Writes what is not written yet; returns the small files that go with it, {name: content}.
+
+        Nothing is durable before `commit.sync_tree`.
+        """
+        try:
+            self._write_blocks(directory, len(self._file.blocks))
+        finally:
+            self._held = []
+            if self._memory is not None:
+                self._memory.release(self, self._region)
+                self._memory = self._region = None
+        return self._small_files()
+
+    def _small_files(self) -> dict[str, bytes]:
+        """The table of checksums, and the manifest with an identity and a time of its own."""
+        blocks = self._file.blocks
+        places = [(block.offset + start, stop - start) for block in blocks for start, stop in block.pieces]
+        pieces = np.zeros(len(places), PIECE)
+        pieces["offset"], pieces["nbytes"] = np.array(places, np.uint64).reshape(-1, 2).T
+        pieces["digest"] = [found for digests in self._digests for found in digests]
+        files = {ARRAY_FILE: ArrayChecksums({self._file.name: (pieces, self._file.nbytes)}).encode()}
+        if self._manifest_template is not None:
+            manifest = bytearray(self._manifest_template)
+            manifest[ocdbt.MANIFEST_UUID] = os.urandom(16)
+            manifest[ocdbt.MANIFEST_TIME] = time.time_ns().to_bytes(8, "little")
+            files[ocdbt.MANIFEST_FILE] = bytes(manifest) + _crc32c(manifest)
+        return files
+
+    def _write_blocks(self, directory: str, end: int) -> None:
+        """Writes the blocks up to `end` that are not written yet."""
+        begin, self._num_written = self._num_written, end
+        path = os.path.join(directory, self._file.name)
+        creates = 0
+        if begin == 0:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            creates = os.O_CREAT | os.O_EXCL
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | creates, 0o666)
+        try:
+            if creates and self._file.nbytes >= _PREALLOCATED_BYTES:
+                _preallocate(descriptor, self._file.nbytes)
+            for numbers in self._windows(begin, end) if self._remote else [range(begin, end)]:
+                nbytes = sum([self._file.blocks[number].nbytes for number in numbers])
+                tasks = [functools.partial(self._write_block, descriptor, number) for number in numbers]
+                run_parallel(tasks, _THREADS if nbytes > _WORTH_A_THREAD_BYTES else 1)
+        finally:
+            os.close(descriptor)
+
+    def _windows(self, begin: int, end: int) -> Iterator[range]:
+        """Blocks that an accelerator has, brought some at a time: the host need not hold all of them."""
+        window_bytes = 0
+        for number in range(begin, end):
+            window_bytes += self._file.blocks[number].nbytes
+            if window_bytes > _FETCHED_BYTES or number == end - 1:
+                self._fetch(range(begin, number + 1))
+                yield range(begin, number + 1)
+                begin, window_bytes = number + 1, 0
+
+    def _write_block(self, descriptor: int, number: int) -> None:
+        block = self._file.blocks[number]
+        content, self._held[number] = self._held[number] or self._content(block), None
+        # The checksum is taken just before the write, from the bytes that are written: whatever happens to them
+        # after this line, in memory, on the bus or on the disk, is found when they are read.
+        view = memoryview(content)
+        self._digests[number] = [digest(view[start:stop]) for start, stop in block.pieces]
+        _write_all(descriptor, view, block.offset)
+        if block.nbytes > SMALL_CHUNK_BYTES:
+            commit.start_writeback(descriptor, block.offset, block.nbytes)
+
+    def _content(self, block: Block) -> Content:
+        """The bytes of a block: a view of a part of a large chunk, or small ones and constants in one piece."""
+        parts = [self._pool[part] for part in block.parts]
+        try:
+            if block.start is not None:
+                return memoryview(parts[0]).cast("B")[block.start : block.start + block.nbytes]
+            joined = b"".join(parts)
+        except (TypeError, BufferError):  # an array whose layout in memory is not that of C order
+            parts = [part if isinstance(part, bytes) else host_bytes(part) for part in parts]
+            if block.start is not None:
+                return memoryview(parts[0])[block.start : block.start + block.nbytes]
+            joined = b"".join(parts)
+        return joined + _crc32c(joined) if block.is_node else joined
 
 
 def _crc32c(encoded: bytes | bytearray) -> bytes:
     return struct.pack("<I", google_crc32c.value(bytes(encoded)))
 
 
-def _blocks(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Groups small parts and cuts large ones, so that each block is one write of about BLOCK_BYTES."""
-    block: list[Part] = []
-    block_nbytes = 0
-    for offset, content in parts:
-        for start in range(0, len(content), BLOCK_BYTES):
-            piece = content[start : start + BLOCK_BYTES]
-            if block and (block_nbytes + len(piece) > BLOCK_BYTES or len(block) == _BLOCK_PARTS):
-                yield block
-                block, block_nbytes = [], 0
-            block.append((offset + start, piece))
-            block_nbytes += len(piece)
-    if block:
-        yield block
+# ------------------------------------------------------------------ system calls
 
 
-def _write_block(descriptor: int, block: list[Part], pieces: Pieces) -> None:
-    # The checksum is taken just before the write, from the bytes that are written: whatever happens to them
-    # after this line, in memory, on the bus or on the disk, is found when they are read.
-    pieces["offset"] = [offset for offset, _ in block]
-    pieces["nbytes"] = [len(content) for _, content in block]
-    pieces["digest"] = [digest(content) for _, content in block]
-    position = block[0][0]
-    buffers: list[memoryview | bytes] = []
-    end = position
-    for offset, content in block:
-        if offset > end:
-            buffers.append(_ZEROS[: offset - end])
-        buffers.append(content)
-        end = offset + len(content)
-    _write_all(descriptor, buffers, position)
+def _write_all(descriptor: int, content: memoryview, position: int) -> None:
+    """Writes until everything is written: a write may be short where a disk is nearly full."""
+    write = getattr(os, "pwrite", _seek_and_write)
+    while content:
+        written = write(descriptor, content, position)
+        if written == 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes, and does not say why")
+        content, position = content[written:], position + written
 
 
-def _write_all(descriptor: int, buffers: list[memoryview | bytes], position: int) -> None:
-    """`pwritev` until everything is written: a write may be short where a disk is nearly full."""
-    remaining = sum(len(buffer) for buffer in buffers)
-    while True:
-        written = os.pwritev(descriptor, buffers, position)
-        remaining -= written
-        position += written
-        if remaining == 0:
-            return
-        while written >= len(buffers[0]):
-            written -= len(buffers.pop(0))
-        buffers[0] = memoryview(buffers[0])[written:]
+def _seek_and_write(descriptor: int, content: memoryview, position: int) -> int:
+    """`os.pwrite`, where the platform has none."""
+    with _seek_lock:  # the threads share the descriptor, and so its position
+        os.lseek(descriptor, position, os.SEEK_SET)
+        return os.write(descriptor, content)
+
+
+_seek_lock = threading.Lock()
 
 
 def _preallocate(descriptor: int, nbytes: int) -> None:
     """Reserves the space, so that a full disk is found before the writing and the blocks lie together."""
-    if nbytes == 0:
+    if not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-        os.ftruncate(descriptor, nbytes)
