@@ -24,7 +24,7 @@ from ckpt_hooks.handlers.base import (
 from ckpt_hooks.handlers.composite import CompositeCheckpointHandler, CompositeOptions
 from ckpt_hooks.handlers.iterator import IteratorCheckpointHandler
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
-from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
+from ckpt_hooks.handlers.pytree import ArrayOptions, StandardCheckpointHandler
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
 from ckpt_hooks.hook import CheckpointHook
 from ckpt_hooks.manager import CheckpointManager
@@ -41,6 +41,7 @@ from ckpt_hooks.temporary_paths import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArrayOptions",
     "AsyncCheckpointer",
     "AtomicRenameTemporaryPath",
     "BestN",

@@ -55,7 +55,7 @@ class CheckpointHook:
       on_save_error: "raise" raises the failure of a background save at the next call; "warn" logs it, goes on,
         and tries again at the next trigger.
       timeout_secs: bounds every wait for another process.
-      multiprocessing_options, file_options: as in `CheckpointManager`.
+      compression, staging, max_host_bytes, multiprocessing_options, file_options: as in `CheckpointManager`.
 
     >>> import numpy as np, tempfile
     >>> directory = tempfile.mkdtemp()
@@ -85,6 +85,9 @@ class CheckpointHook:
         async_save: bool = True,
         on_save_error: Literal["raise", "warn"] = "raise",
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+        compression: Literal["zstd"] | None = None,
+        staging: Literal["copy", "view"] = "copy",
+        max_host_bytes: int | None = None,
         multiprocessing_options: MultiprocessingOptions | None = None,
         file_options: FileOptions | None = None,
     ) -> None:
@@ -98,6 +101,9 @@ class CheckpointHook:
             keep=keep,
             async_save=async_save,
             timeout_secs=timeout_secs,
+            compression=compression,
+            staging=staging,
+            max_host_bytes=max_host_bytes,
             multiprocessing_options=multiprocessing_options,
             file_options=file_options,
         )

@@ -21,7 +21,7 @@ from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
 from ckpt_hooks.handlers.iterator import IteratorSaveArgs, is_stateful
 from ckpt_hooks.handlers.json import JsonCheckpointHandler, JsonRestoreArgs, JsonSaveArgs
-from ckpt_hooks.handlers.pytree import StandardSaveArgs
+from ckpt_hooks.handlers.pytree import ArrayOptions, StandardCheckpointHandler, StandardSaveArgs
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
 from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.processes import MultiprocessingOptions
@@ -51,6 +51,13 @@ class CheckpointManager:
         of policies each of which may keep a step; None keeps all. The newest always stays.
       async_save: whether `save` returns once the state is taken, and commits in the background.
       timeout_secs: bounds every wait for another process.
+      compression: "zstd" compresses arrays, for who pays for bytes: weights lose less than a tenth, and a save takes
+        several times as long. None for none.
+      staging: "copy" lets a save in the background copy JAX arrays on CPU before training goes on, so that a step
+        that is given the state to reuse (`donate_argnums`) finds its memory free; "view" copies only NumPy arrays,
+        for states that are not donated.
+      max_host_bytes: how much of a state a save in the background may hold in host memory; what does not fit is
+        written before `save` returns. None for all of it.
       multiprocessing_options: which processes take part and which commits.
       file_options: how directories are made.
 
@@ -72,6 +79,9 @@ class CheckpointManager:
         keep: Any = 3,
         async_save: bool = True,
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+        compression: Literal["zstd"] | None = None,
+        staging: Literal["copy", "view"] = "copy",
+        max_host_bytes: int | None = None,
         multiprocessing_options: MultiprocessingOptions | None = None,
         file_options: FileOptions | None = None,
     ) -> None:
@@ -85,7 +95,8 @@ class CheckpointManager:
             "multiprocessing_options": multiprocessing_options or MultiprocessingOptions(),
             "file_options": file_options or FileOptions(),
         }
-        handler = CompositeCheckpointHandler(handler_registry=_registry())
+        array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)
+        handler = CompositeCheckpointHandler(handler_registry=_registry(array_options))
         self.checkpointer: Checkpointer = (
             AsyncCheckpointer(handler, timeout_secs=timeout_secs, **options)
             if async_save
@@ -368,11 +379,13 @@ def _checked_metadata(metadata: Any) -> dict[str, Any]:
     return checked
 
 
-def _registry() -> DefaultCheckpointHandlerRegistry:
+def _registry(array_options: ArrayOptions) -> DefaultCheckpointHandlerRegistry:
     registry = DefaultCheckpointHandlerRegistry()
     handler = JsonCheckpointHandler(METRICS_ITEM)
     registry.add(METRICS_ITEM, JsonSaveArgs, handler)
     registry.add(METRICS_ITEM, JsonRestoreArgs, handler)
+    # One handler for all parts of a state: what it may hold in memory is one bound.
+    registry.add(None, StandardSaveArgs, StandardCheckpointHandler(array_options))
     return registry
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.monitoring
@@ -21,6 +21,7 @@ import pytest
 from etils import epath
 
 from ckpt_hooks import (
+    ArrayOptions,
     AsyncCheckpointer,
     CheckpointArgs,
     Checkpointer,
@@ -35,6 +36,8 @@ from ckpt_hooks import (
     register_with_handler,
 )
 from ckpt_hooks.handlers.base import StagedSave
+
+Staging = Literal["copy", "view"]
 
 PREFIX = "/jax/ckpt_hooks/"
 DEADLINE_SECS = 60  # of what cannot take long unless it hangs
@@ -260,10 +263,11 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open()
 
 
-def test_numpy_array_may_be_changed_after_save(tmp_path: Path, gate: Gate) -> None:
+@pytest.mark.parametrize("staging", ["copy", "view"])
+def test_numpy_array_may_be_changed_after_save(tmp_path: Path, gate: Gate, staging: Staging) -> None:
     """A NumPy leaf that is changed in place right after `save` is saved as it was."""
     small, large = np.arange(3.0), np.ones((300, 100), np.float32)
-    with AsyncCheckpointer(StandardCheckpointHandler()) as checkpointer:
+    with AsyncCheckpointer(StandardCheckpointHandler(ArrayOptions(staging=staging))) as checkpointer:
         checkpointer.save(tmp_path / "c", {"small": small, "large": large, "part": large[::2, 1:]})
         small[:] = -1
         large[:] = -1
@@ -275,7 +279,8 @@ def test_numpy_array_may_be_changed_after_save(tmp_path: Path, gate: Gate) -> No
 
 
 @pytest.mark.parametrize("size", [3, 1 << 18])
-def test_donated_array_is_saved_as_it_was(tmp_path: Path, gate: Gate, size: int) -> None:
+@pytest.mark.parametrize("staging", ["copy", "view"])
+def test_donated_array_is_saved_as_it_was(tmp_path: Path, gate: Gate, size: int, staging: Staging) -> None:
     """The memory of a JAX array that is donated to the next step right after `save` is not what is saved."""
 
     def step(w: jax.Array) -> jax.Array:
@@ -283,7 +288,7 @@ def test_donated_array_is_saved_as_it_was(tmp_path: Path, gate: Gate, size: int)
 
     donating_step = jax.jit(step, donate_argnums=0)
     w = jnp.arange(size, dtype=jnp.float32) + 0
-    with AsyncCheckpointer(StandardCheckpointHandler()) as checkpointer:
+    with AsyncCheckpointer(StandardCheckpointHandler(ArrayOptions(staging=staging))) as checkpointer:
         checkpointer.save(tmp_path / "c", {"w": w})
         for _ in range(5):
             w = donating_step(w)
@@ -294,10 +299,11 @@ def test_donated_array_is_saved_as_it_was(tmp_path: Path, gate: Gate, size: int)
 
 
 @pytest.mark.parametrize("size", [3, 1 << 18])
-def test_deleted_array_is_saved_as_it_was(tmp_path: Path, gate: Gate, size: int) -> None:
+@pytest.mark.parametrize("staging", ["copy", "view"])
+def test_deleted_array_is_saved_as_it_was(tmp_path: Path, gate: Gate, size: int, staging: Staging) -> None:
     """A JAX array that is deleted right after `save`, and its memory used again, is saved as it was."""
     w = jnp.arange(size, dtype=jnp.float32) + 0
-    with AsyncCheckpointer(StandardCheckpointHandler()) as checkpointer:
+    with AsyncCheckpointer(StandardCheckpointHandler(ArrayOptions(staging=staging))) as checkpointer:
         checkpointer.save(tmp_path / "c", {"w": w})
         w.delete()
         reused = [(jnp.full((size,), -1.0) + 0).block_until_ready() for _ in range(4)]

@@ -24,7 +24,17 @@ import numpy as np
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.checksums import DATA_FOLDER
 
-__all__ = ["ArraySpec", "Block", "DataFile", "Layout", "Place", "array_key", "data_file_name", "zarr_dtype"]
+__all__ = [
+    "ArraySpec",
+    "Block",
+    "DataFile",
+    "Layout",
+    "Place",
+    "add_index",
+    "array_key",
+    "data_file_name",
+    "zarr_dtype",
+]
 
 ALIGNMENT_BYTES = 64
 SMALL_CHUNK_BYTES = 64 << 10  # up to here, neighbours are joined: into one write, and into one piece of this size
@@ -162,6 +172,10 @@ class DataFile:
         self._append(Block(offset, nbytes, numbers, is_node=True))
         return offset
 
+    def end_block(self) -> None:
+        """What is added from here on stands in other blocks."""
+        self._joined = None
+
     def _aligned(self, nbytes: int) -> int:
         offset = -(-self.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         self.nbytes = offset + nbytes
@@ -205,22 +219,28 @@ class Place:
 class Layout:
     """The files of one item.
 
+    Args:
+      inlines: whether small chunks stand in the index; they cannot where their bytes, compressed, are not known yet.
+
     Attributes:
+      arrays: what is stored.
       files: per process, its data file.
-      num_sources: per process, how many chunks it owns; they are its sources, array by array.
+      chunk_nbytes: per process, the size of each chunk that it owns; they are its sources, array by array.
       manifest: the template of the manifest (`ocdbt.manifest_template`).
     """
 
-    def __init__(self, arrays: Sequence[ArraySpec], num_processes: int = 1) -> None:
+    def __init__(self, arrays: Sequence[ArraySpec], num_processes: int = 1, *, inlines: bool = True) -> None:
+        self.arrays = arrays
         self.files = [DataFile(process) for process in range(num_processes)]
-        self.num_sources = [0] * num_processes
+        self.chunk_nbytes: list[list[int]] = [[] for _ in range(num_processes)]
+        self._inline_nbytes = ocdbt.MAX_INLINE_VALUE_BYTES if inlines else 0
         places = [self._place(owner, array.chunk_nbytes) for array in arrays for owner in array.owners]
-        self.manifest = add_index(self.files[0], arrays, places)
+        self.manifest = add_index(self.files[0], arrays, places) if inlines else b""
 
     def _place(self, owner: int, nbytes: int) -> Place:
-        source = self.num_sources[owner]
-        self.num_sources[owner] += 1
-        if owner == 0 and nbytes <= ocdbt.MAX_INLINE_VALUE_BYTES:
+        source = len(self.chunk_nbytes[owner])
+        self.chunk_nbytes[owner].append(nbytes)
+        if owner == 0 and nbytes <= self._inline_nbytes:
             return Place(nbytes, owner, source, None)
         return Place(nbytes, owner, source, self.files[owner].add(source, nbytes))
 

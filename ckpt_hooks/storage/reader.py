@@ -21,6 +21,7 @@ from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.checksums import ARRAY_FILE, ArrayChecksums, PieceTable, check_piece
 from ckpt_hooks.storage.commit import run_parallel
+from ckpt_hooks.storage.compression import decompressed
 from ckpt_hooks.storage.layout import array_key
 from ckpt_hooks.storage.memory import Bytes, aligned_memory
 from ckpt_hooks.storage.ocdbt import I64
@@ -47,6 +48,7 @@ class _Array(NamedTuple):
 
     info: ArrayInfo
     chunk_nbytes: int
+    is_compressed: bool
     chunk: int
 
 
@@ -93,9 +95,8 @@ class Database:
         cut = {name: self._chunks(name, array) for name, array in wanted.items() if array.chunk < 0}
         numbers = [array.chunk for array in whole.values()]
         numbers += [number for chunks in cut.values() for _, number in chunks]
-        expected = [array.chunk_nbytes for array in whole.values()]
-        expected += [wanted[name].chunk_nbytes for name, chunks in cut.items() for _ in chunks]
-        values = iter(self._read_values(np.array(numbers, np.int64), np.array(expected, np.int64)))
+        owners = [*whole.values(), *(wanted[name] for name, chunks in cut.items() for _ in chunks)]
+        values = iter(self._read_chunks(owners, np.array(numbers, np.int64)))
         arrays = {
             name: np.ndarray(array.info.shape, array.info.dtype, memory, offset)  # what was read is the array
             for (name, array), (memory, offset) in zip(whole.items(), values)  # noqa: B905 (the rest is below)
@@ -145,18 +146,35 @@ class Database:
             if not key.endswith(_METADATA_KEY) or files[number] >= 0:
                 continue
             encoded = self._bodies[-1 - files[number]][offsets[number] : offsets[number] + nbytes[number]]
-            info, chunk_nbytes, only_suffix = _parse_zarray(bytes(encoded))
+            info, chunk_nbytes, is_compressed, only_suffix = _parse_zarray(bytes(encoded))
             stem = key[: -len(_METADATA_KEY)]
             chunk = self._numbers.get(stem + only_suffix, -1) if only_suffix else -1
-            self._arrays[stem[:-1].decode()] = _Array(info, chunk_nbytes, chunk)
+            self._arrays[stem[:-1].decode()] = _Array(info, chunk_nbytes, is_compressed, chunk)
 
     # -------------------------------------------------------------- bytes
 
-    def _read_values(self, numbers: I64, expected_nbytes: I64) -> list[_Value]:
-        if (self._nbytes[numbers] != expected_nbytes).any():
+    def _read_chunks(self, owners: Sequence[_Array], numbers: I64) -> list[_Value]:
+        """The chunks with these numbers, of these arrays."""
+        is_compressed = np.array([owner.is_compressed for owner in owners], np.bool_)
+        expected = np.array([owner.chunk_nbytes for owner in owners], np.int64)
+        if (self._nbytes[numbers] != expected)[~is_compressed].any():
             raise CorruptCheckpointError(
                 f"{self._directory}: the index has chunks of a length that is not their array's"
             )
+        values = self._read_values(numbers)
+        decompress = functools.partial(self._decompress, values, self._nbytes[numbers].tolist(), expected.tolist())
+        places = np.flatnonzero(is_compressed).tolist()
+        run_parallel([functools.partial(decompress, place) for place in places], _THREADS if places else 1)
+        return values
+
+    def _decompress(
+        self, values: list[_Value], nbytes: Sequence[int], expected_nbytes: Sequence[int], place: int
+    ) -> None:
+        memory, offset = values[place]
+        content = memoryview(memory)[offset : offset + nbytes[place]]
+        values[place] = decompressed(content, expected_nbytes[place], self._directory), 0
+
+    def _read_values(self, numbers: I64) -> list[_Value]:
         values: list[_Value] = [_NOTHING] * len(numbers)
         files = self._files[numbers]
         for place in np.flatnonzero(files < 0).tolist():
@@ -290,13 +308,13 @@ def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> list[tuple[tu
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse_zarray(encoded: bytes) -> tuple[ArrayInfo, int, bytes]:
-    """(the array, the length of a chunk, the key suffix of its only chunk: empty where it has not just one)."""
+def _parse_zarray(encoded: bytes) -> tuple[ArrayInfo, int, bool, bytes]:
+    """(array, length of a chunk, is it compressed, key suffix of its only chunk: empty where it has not just one)."""
     fields = json.loads(encoded)
     info = ArrayInfo(tuple(fields["shape"]), dtype_from_zarr(fields["dtype"]), tuple(fields["chunks"]))
     is_whole = info.shape == info.chunk_shape
     suffix = b".".join([b"0"] * max(1, len(info.shape))) if is_whole else b""
-    return info, math.prod(info.chunk_shape) * info.dtype.itemsize, suffix
+    return info, math.prod(info.chunk_shape) * info.dtype.itemsize, fields["compressor"] is not None, suffix
 
 
 def dtype_from_zarr(text: str) -> np.dtype:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import struct
 import threading
 import time
 import weakref
@@ -103,12 +102,13 @@ class ArrayWriter:
 
     def __init__(self, layout: Layout, process: int, sources: Sources) -> None:
         self._file: DataFile = layout.files[process]
+        self._blocks = self._file.blocks  # of the caller's memory
         self._manifest_template = layout.manifest if process == 0 else None
         self._mutable, self._remote = sources.mutable, dict(sources.remote)
         self._pool = [*sources.buffers, *self._file.constants]
         self._num_written = 0  # blocks
-        self._digests: list[Sequence[int]] = [()] * len(self._file.blocks)
-        self._held: list[Content | None] = [None] * len(self._file.blocks)  # what `detach` has taken
+        self._digests: dict[int, Sequence[int]] = {}  # of the pieces of each block, by its offset
+        self._held: list[Content | None] = [None] * len(self._blocks)  # what `detach` has taken
         self._memory: HostMemory | None = None
         self._region: Bytes | None = None
 
@@ -123,16 +123,16 @@ class ArrayWriter:
             array that is donated or deleted while a view of it lives. But then the next donated step has to find
             fresh memory for all of it.
         """
-        blocks, first = self._file.blocks, 0
         if memory.limit_bytes is not None:
             self._memory = memory
-            excess_bytes = self._file.nbytes - memory.claim(self, self._file.nbytes)
-            while excess_bytes > 0 and first < len(blocks):
-                excess_bytes -= blocks[first].nbytes
+            nbytes, first = sum([block.nbytes for block in self._blocks]), 0
+            excess_bytes = nbytes - memory.claim(self, nbytes)
+            while excess_bytes > 0 and first < len(self._blocks):
+                excess_bytes -= self._blocks[first].nbytes
                 first += 1
             if first:
                 self._write_blocks(directory, first)
-        self._hold(range(first, len(blocks)), memory, copies=copies)
+        self._hold(range(self._num_written, len(self._blocks)), memory, copies=copies)
         self._pool = []
 
     def _hold(self, numbers: range, memory: HostMemory, *, copies: bool) -> None:
@@ -140,18 +140,18 @@ class ArrayWriter:
             self._fetch(numbers)
         viewed = []
         for number in numbers:
-            content = self._held[number] = self._content(self._file.blocks[number])
+            content = self._held[number] = self._content(self._blocks[number])
             if isinstance(content, memoryview):
                 viewed.append(number)
         if not copies:
-            viewed = [number for number in viewed if self._file.blocks[number].parts[0] in self._mutable]
+            viewed = [number for number in viewed if self._blocks[number].parts[0] in self._mutable]
         if not viewed:
             return
-        nbytes = sum([self._file.blocks[number].nbytes for number in viewed])
+        nbytes = sum([self._blocks[number].nbytes for number in viewed])
         region, tasks, end = memory.take(nbytes), [], 0
         self._memory, self._region = memory, region
         for number in viewed:
-            start, end = end, end + self._file.blocks[number].nbytes
+            start, end = end, end + self._blocks[number].nbytes
             tasks.append(functools.partial(self._copy, number, region[start:end]))
         run_parallel(tasks, _THREADS if nbytes > _WORTH_A_THREAD_BYTES else 1)
 
@@ -164,7 +164,7 @@ class ArrayWriter:
     def _fetch(self, numbers: range) -> None:
         """Brings what these blocks need from the accelerators, all transfers side by side."""
         remote = self._remote
-        parts = {part for number in numbers for part in self._file.blocks[number].parts if part in remote}
+        parts = {part for number in numbers for part in self._blocks[number].parts if part in remote}
         arrays = {part: remote.pop(part) for part in parts}
         for array in arrays.values():
             array.copy_to_host_async()
@@ -179,7 +179,7 @@ class ArrayWriter:
         Nothing is durable before `commit.sync_tree`.
         """
         try:
-            self._write_blocks(directory, len(self._file.blocks))
+            self._write_blocks(directory, len(self._blocks))
         finally:
             self._held = []
             if self._memory is not None:
@@ -193,52 +193,57 @@ class ArrayWriter:
         places = [(block.offset + start, stop - start) for block in blocks for start, stop in block.pieces]
         pieces = np.zeros(len(places), PIECE)
         pieces["offset"], pieces["nbytes"] = np.array(places, np.uint64).reshape(-1, 2).T
-        pieces["digest"] = [found for digests in self._digests for found in digests]
+        pieces["digest"] = [found for block in blocks for found in self._digests[block.offset]]
         files = {ARRAY_FILE: ArrayChecksums({self._file.name: (pieces, self._file.nbytes)}).encode()}
         if self._manifest_template is not None:
             manifest = bytearray(self._manifest_template)
             manifest[ocdbt.MANIFEST_UUID] = os.urandom(16)
             manifest[ocdbt.MANIFEST_TIME] = time.time_ns().to_bytes(8, "little")
-            files[ocdbt.MANIFEST_FILE] = bytes(manifest) + _crc32c(manifest)
+            files[ocdbt.MANIFEST_FILE] = bytes(manifest) + google_crc32c.value(bytes(manifest)).to_bytes(4, "little")
         return files
 
     def _write_blocks(self, directory: str, end: int) -> None:
         """Writes the blocks up to `end` that are not written yet."""
-        begin, self._num_written = self._num_written, end
-        path = os.path.join(directory, self._file.name)
-        creates = 0
-        if begin == 0:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            creates = os.O_CREAT | os.O_EXCL
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | creates, 0o666)
+        descriptor = self._open(directory)
         try:
-            if creates and self._file.nbytes >= _PREALLOCATED_BYTES:
-                _preallocate(descriptor, self._file.nbytes)
+            begin, self._num_written = self._num_written, end
             for numbers in self._windows(begin, end) if self._remote else [range(begin, end)]:
-                nbytes = sum([self._file.blocks[number].nbytes for number in numbers])
-                tasks = [functools.partial(self._write_block, descriptor, number) for number in numbers]
+                nbytes = sum([self._blocks[number].nbytes for number in numbers])
+                tasks = [functools.partial(self._write_taken, descriptor, number) for number in numbers]
                 run_parallel(tasks, _THREADS if nbytes > _WORTH_A_THREAD_BYTES else 1)
         finally:
             os.close(descriptor)
+
+    def _open(self, directory: str) -> int:
+        path = os.path.join(directory, self._file.name)
+        if self._num_written:
+            return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o666)
+        if self._file.nbytes >= _PREALLOCATED_BYTES:
+            _preallocate(descriptor, self._file.nbytes)
+        return descriptor
 
     def _windows(self, begin: int, end: int) -> Iterator[range]:
         """Blocks that an accelerator has, brought some at a time: the host need not hold all of them."""
         window_bytes = 0
         for number in range(begin, end):
-            window_bytes += self._file.blocks[number].nbytes
+            window_bytes += self._blocks[number].nbytes
             if window_bytes > _FETCHED_BYTES or number == end - 1:
                 self._fetch(range(begin, number + 1))
                 yield range(begin, number + 1)
                 begin, window_bytes = number + 1, 0
 
-    def _write_block(self, descriptor: int, number: int) -> None:
-        block = self._file.blocks[number]
+    def _write_taken(self, descriptor: int, number: int) -> None:
+        block = self._blocks[number]
         content, self._held[number] = self._held[number] or self._content(block), None
+        self._write_block(descriptor, block, memoryview(content))
+
+    def _write_block(self, descriptor: int, block: Block, content: memoryview) -> None:
         # The checksum is taken just before the write, from the bytes that are written: whatever happens to them
         # after this line, in memory, on the bus or on the disk, is found when they are read.
-        view = memoryview(content)
-        self._digests[number] = [digest(view[start:stop]) for start, stop in block.pieces]
-        _write_all(descriptor, view, block.offset)
+        self._digests[block.offset] = [digest(content[start:stop]) for start, stop in block.pieces]
+        _write_all(descriptor, content, block.offset)
         if block.nbytes > SMALL_CHUNK_BYTES:
             commit.start_writeback(descriptor, block.offset, block.nbytes)
 
@@ -254,11 +259,7 @@ class ArrayWriter:
             if block.start is not None:
                 return memoryview(parts[0])[block.start : block.start + block.nbytes]
             joined = b"".join(parts)
-        return joined + _crc32c(joined) if block.is_node else joined
-
-
-def _crc32c(encoded: bytes | bytearray) -> bytes:
-    return struct.pack("<I", google_crc32c.value(bytes(encoded)))
+        return joined + google_crc32c.value(joined).to_bytes(4, "little") if block.is_node else joined
 
 
 # ------------------------------------------------------------------ system calls
