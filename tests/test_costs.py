@@ -6,6 +6,7 @@ Python reports each call of a Python function and of a built-in one to a profile
 from __future__ import annotations
 
 import collections
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from ckpt_hooks import AsyncCheckpointer, Checkpointer, CheckpointHook, StandardCheckpointHandler
-from ckpt_hooks.storage import commit, writer
+from ckpt_hooks.storage import commit
 
 SYSTEM_CALLS = ("open", "pwrite", "write", "fsync", "mkdir", "preadv", "rename", "posix_fallocate", "stat", "listdir")
 
@@ -120,7 +121,7 @@ def test_a_platform_without_a_call_saves_and_restores(
     elif missing == "renameat2":
         monkeypatch.setattr(commit, "_exchange", lambda one, other: False)
     else:
-        monkeypatch.delattr(writer.os, missing)
+        monkeypatch.delattr(os, missing)
     state = {"large": np.arange(3 << 20), "small": {f"w{i}": np.full(100, i) for i in range(50)}}
     with AsyncCheckpointer(StandardCheckpointHandler()) as checkpointer:
         for _ in range(2):
@@ -131,9 +132,9 @@ def test_a_platform_without_a_call_saves_and_restores(
 
 def test_interrupted_and_short_system_calls_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes and reads that do a part of what was asked, in any of the threads, are followed by the rest."""
-    pwrite, preadv = writer.os.pwrite, writer.os.preadv
-    monkeypatch.setattr(writer.os, "pwrite", lambda fd, content, at: pwrite(fd, content[: 1 + len(content) // 3], at))
-    monkeypatch.setattr(writer.os, "preadv", lambda fd, views, at: preadv(fd, [views[0][: 1 + len(views[0]) // 3]], at))
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, content, at: pwrite(fd, content[: 1 + len(content) // 3], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][: 1 + len(views[0]) // 3]], at))
     state = {"large": np.arange(3 << 20), "small": np.arange(300)}
     with Checkpointer(StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "c", state)
