@@ -17,7 +17,7 @@ import numpy as np
 
 __all__ = ["put_bound", "put_free"]
 
-_WORTH_IT = 8  # arrays; below that, nobody notices
+_WORTH_IT = 2  # arrays; for a single one, the test takes longer
 
 
 def put_free(arrays: Sequence[Any]) -> list[jax.Array]:

@@ -160,18 +160,15 @@ def to_json_numbers(metrics: Any) -> dict[str, Any]:
                 f"metrics are a dict of numbers or a clu.metrics.Collection, got {type(metrics).__name__}"
             )
         metrics = metrics.compute()
-    return {_metric_name(name): _to_json_number(name, value) for name, value in metrics.items()}
+    for name in metrics:
+        if not isinstance(name, str):
+            raise InvalidArgumentTypeError(f"metrics: names are strings, got {name!r}")
+    return {name: _to_json_number(name, value) for name, value in metrics.items()}
 
 
 def to_orbax_metrics(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """The same metrics as Orbax writes them: its best_fn compares numbers, and a string would stop it."""
     return {name: float(value) if value in _NOT_FINITE else value for name, value in numbers.items()}
-
-
-def _metric_name(name: Any) -> str:
-    if not isinstance(name, str):
-        raise InvalidArgumentTypeError(f"metrics: names are strings, got {name!r}")
-    return name
 
 
 def _to_json_number(name: str, value: Any) -> float | int | str:

@@ -117,7 +117,7 @@ def test_a_platform_without_a_call_saves_and_restores(
 ) -> None:
     """What only some systems have makes a save faster, and is not needed."""
     if missing == "sync_file_range":
-        monkeypatch.setattr(commit, "_sync_file_range", lambda: None)
+        monkeypatch.setattr(commit, "_sync_file_range", None)
     elif missing == "renameat2":
         monkeypatch.setattr(commit, "_exchange", lambda one, other: False)
     else:

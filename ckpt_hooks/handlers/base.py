@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -293,14 +294,17 @@ def construct_checkpoint_args(handler: Any, for_save: bool, *args: Any, **kwargs
     save_cls, restore_cls = get_registered_args_cls(handler)
     args_cls = save_cls if for_save else restore_cls
     try:
-        inspect.signature(args_cls).bind(*args, **kwargs)
+        _signature_of(args_cls).bind(*args, **kwargs)
     except TypeError as error:
         verb = "save" if for_save else "restore"
         raise InvalidArgumentTypeError(
             f"{type(handler).__qualname__} cannot {verb} with these arguments: {error}; it takes "
-            f"{args_cls.__qualname__}{inspect.signature(args_cls)}"
+            f"{args_cls.__qualname__}{_signature_of(args_cls)}"
         ) from None
     return args_cls(*args, **kwargs)
+
+
+_signature_of: Callable[[type], inspect.Signature] = functools.cache(inspect.signature)
 
 
 def args_for_handler(handler: Any, for_save: bool, *args: Any, **kwargs: Any) -> CheckpointArgs:

@@ -92,6 +92,7 @@ def write_file(path: str, data: bytes | str) -> None:
         view = memoryview(data.encode() if isinstance(data, str) else data)
         while view:
             view = view[file.write(view) :]  # an unbuffered write may be short
+        start_writeback(file.fileno())
 
 
 def replace_file(path: str, data: bytes | str, *, durable: bool = True) -> None:
@@ -170,20 +171,17 @@ def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
 # ------------------------------------------------------------------ durability
 
 
-def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Lets the system begin to write a part of a file to the disk, so that less is left for `fsync`. Only a hint."""
-    sync_file_range = _sync_file_range()
-    if sync_file_range is not None:
-        sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+def start_writeback(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Lets the system begin to write a file, or a part of it, to the disk: less is left for `fsync`. Only a hint."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
-@functools.cache
-def _sync_file_range() -> Callable[..., int] | None:
-    """The system call, where the platform has it (Linux)."""
-    try:
-        return ctypes.CDLL(None).sync_file_range
-    except (AttributeError, OSError):
-        return None
+_sync_file_range: Callable[..., int] | None
+try:
+    _sync_file_range = ctypes.CDLL(None).sync_file_range
+except (AttributeError, OSError):  # only Linux has it
+    _sync_file_range = None
 
 
 def sync_tree(directory: str) -> None:

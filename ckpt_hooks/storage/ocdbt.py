@@ -140,8 +140,12 @@ def encode_varints(values: Sequence[int] | U64) -> bytes:
 
 def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
     """`num` LEB128 integers from `start`, and the position after them."""
-    if num == 0:
-        return np.zeros(0, np.uint64), start
+    if num <= 4:
+        integers = []
+        for _ in range(num):
+            integer, start = _decode_varint(buffer, start)
+            integers.append(integer)
+        return np.array(integers, np.uint64), start
     window = buffer[start : start + 10 * num]
     ends = np.flatnonzero(window < 0x80)[:num]
     if len(ends) < num:
@@ -156,6 +160,18 @@ def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple
         group = (window[starts[has] + k] & 0x7F).astype(np.uint64)
         values[has] |= group << np.uint64(7 * k)
     return values, start + int(ends[-1]) + 1
+
+
+def _decode_varint(buffer: npt.NDArray[np.uint8], start: int) -> tuple[int, int]:
+    """One LEB128 integer: the columns of a small index have few, for which arrays take longer than Python does."""
+    value = 0
+    for position, byte in enumerate(buffer[start : start + 10].tolist()):
+        value |= (byte & 0x7F) << 7 * position
+        if byte < 0x80:
+            if value >> 64:
+                raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
+            return value, start + position + 1
+    raise CorruptCheckpointError("index node ends in the middle of an integer")
 
 
 def shared_prefix_lengths(keys: Sequence[bytes]) -> list[int]:

@@ -22,7 +22,7 @@ import numpy as np
 from ckpt_hooks.storage import commit, ocdbt
 from ckpt_hooks.storage.checksums import ARRAY_FILE, PIECE, ArrayChecksums, digest
 from ckpt_hooks.storage.commit import run_parallel
-from ckpt_hooks.storage.layout import SMALL_CHUNK_BYTES, Block, DataFile, Layout
+from ckpt_hooks.storage.layout import Block, DataFile, Layout
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, host_bytes
 
 __all__ = ["ArrayWriter", "HostMemory", "Sources"]
@@ -244,8 +244,7 @@ class ArrayWriter:
         # after this line, in memory, on the bus or on the disk, is found when they are read.
         self._digests[block.offset] = [digest(content[start:stop]) for start, stop in block.pieces]
         _write_all(descriptor, content, block.offset)
-        if block.nbytes > SMALL_CHUNK_BYTES:
-            commit.start_writeback(descriptor, block.offset, block.nbytes)
+        commit.start_writeback(descriptor, block.offset, block.nbytes)
 
     def _content(self, block: Block) -> Content:
         """The bytes of a block: a view of a part of a large chunk, or small ones and constants in one piece."""
