@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ import numpy as np
 from ckpt_hooks.storage import commit, ocdbt
 from ckpt_hooks.storage.checksums import ARRAY_FILE, PIECE, ArrayChecksums, digest
 from ckpt_hooks.storage.commit import run_parallel
-from ckpt_hooks.storage.layout import Block, DataFile, Layout
+from ckpt_hooks.storage.layout import SMALL_CHUNK_BYTES, Block, DataFile, Layout
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, host_bytes
 
 __all__ = ["ArrayWriter", "HostMemory", "Sources"]
@@ -138,27 +139,31 @@ class ArrayWriter:
     def _hold(self, numbers: range, memory: HostMemory, *, copies: bool) -> None:
         if self._remote:
             self._fetch(numbers)
-        viewed = []
+        blocks, joined, viewed = self._blocks, [], []
         for number in numbers:
-            content = self._held[number] = self._content(self._blocks[number])
-            if isinstance(content, memoryview):
+            block = blocks[number]
+            if block.start is not None and (copies or block.parts[0] in self._mutable):
                 viewed.append(number)
-        if not copies:
-            viewed = [number for number in viewed if self._blocks[number].parts[0] in self._mutable]
-        if not viewed:
+            elif block.start is None and block.nbytes > SMALL_CHUNK_BYTES:
+                joined.append(number)
+            else:
+                self._held[number] = self._content(block)
+        if not joined and not viewed:
             return
-        nbytes = sum([self._blocks[number].nbytes for number in viewed])
-        region, tasks, end = memory.take(nbytes), [], 0
+        copied = [*joined, *viewed]
+        ends = list(itertools.accumulate([blocks[number].nbytes for number in copied]))
+        region = memory.take(ends[-1])
         self._memory, self._region = memory, region
-        for number in viewed:
-            start, end = end, end + self._blocks[number].nbytes
-            tasks.append(functools.partial(self._copy, number, region[start:end]))
-        run_parallel(tasks, _THREADS if nbytes > _WORTH_A_THREAD_BYTES else 1)
+        tasks = [
+            functools.partial(self._copy, number, region[end - blocks[number].nbytes : end])
+            for number, end in zip(copied, ends, strict=True)
+        ]
+        # What is joined on its way is joined in one thread, in memory that its allocator finds warm each time.
+        run_parallel(tasks[: len(joined)], 1)
+        run_parallel(tasks[len(joined) :], _THREADS if ends[-1] > _WORTH_A_THREAD_BYTES else 1)
 
     def _copy(self, number: int, place: Bytes) -> None:
-        content = self._held[number]
-        assert content is not None
-        np.copyto(place, np.frombuffer(content, np.uint8))
+        np.copyto(place, np.frombuffer(self._content(self._blocks[number]), np.uint8))
         self._held[number] = place.data
 
     def _fetch(self, numbers: range) -> None:
