@@ -64,7 +64,7 @@ class Listing:
             stamp = _stamp_of(self._directory)
             last_stamp, names = self._last
             if stamp != last_stamp:
-                is_reusable = _is_over(stamp[2]) and _is_local(self._directory)  # asked before the listing begins
+                is_reusable = _is_local(self._directory) and _is_over(stamp[2])  # asked before the listing begins
                 names = _listed(self._directory)
                 self._last = (stamp if is_reusable else None, names)
         except (FileNotFoundError, NotADirectoryError):

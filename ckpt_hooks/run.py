@@ -145,14 +145,14 @@ class RunDirectory:
             commit.make_parents(self.path)
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
-        self._lock = commit.DirectoryLock(self.path)
-        self.is_locked = True
+        lock = commit.DirectoryLock(self.path)
         names = self._listing.names()
         if any(commit.TMP_SUFFIX in name for name in names.others):
             for name in commit.remove_dead_temporaries(self.path):
                 _log.info("removed %s, left in %s by a writer that died", name, self.path)
             names = self._listing.names()  # it may have put back a checkpoint
         self.take_stock(names.steps)
+        self._lock, self.is_locked = lock, True  # not before: who cannot list a run does not take it for an empty one
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -181,7 +181,6 @@ class RunDirectory:
             del self.rejected[rejected]
         if os.path.lexists(self.step_path(step)) and not is_committed(self.step_path(step)):
             self._set_aside(step, "stray")
-        self.take_stock()
 
     def reject(self, reasons: Mapping[int, str]) -> None:
         """These steps do not verify: they are no checkpoints from now on, and `make_way` moves them aside."""

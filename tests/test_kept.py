@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import errno
 import functools
+import gc
 import json
 import os
 import random
@@ -20,7 +22,7 @@ import pytest
 
 import ckpt_hooks
 from ckpt_hooks import BestN, CheckpointManager, EveryNSteps, LatestN, listing
-from ckpt_hooks.errors import InvalidArgumentError
+from ckpt_hooks.errors import InvalidArgumentError, MetricNotFoundError
 from ckpt_hooks.metadata import METADATA_FILE
 from ckpt_hooks.retention import steps_to_keep
 from ckpt_hooks.storage.commit import COMMIT_MARKER
@@ -56,6 +58,10 @@ def add_strays(run: Path, *steps: int) -> None:
         (run / str(step) / "notes").write_text("mine")
 
 
+def damage(run: Path, step: int) -> None:
+    (run / str(step) / "step" / "manifest.ocdbt").unlink()
+
+
 def names_in(run: Path) -> list[str]:
     return sorted(path.name for path in run.iterdir())
 
@@ -73,6 +79,7 @@ def calls_in(action: Callable[[], object]) -> collections.Counter[str]:
         elif event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             calls[frame.f_code.co_qualname] += 1
 
+    gc.collect()  # so that nobody else's files are closed meanwhile
     threading.setprofile(note)
     sys.setprofile(note)
     try:
@@ -207,7 +214,7 @@ def test_a_damaged_newest_step_is_not_the_newest_for_the_next_save(tmp_path: Pat
     """After a fallback, the next save may be at the damaged step or below it, also with the run locked before."""
     with manager_of(tmp_path, keep=2) as manager:
         save_steps(manager, 4, 8)
-        (tmp_path / "8" / "step" / "manifest.ocdbt").unlink()
+        damage(tmp_path, 8)
         assert manager.restore()["step"] == 4
         assert manager.latest_step() == 4
         save_steps(manager, 6)
@@ -249,6 +256,25 @@ def test_a_step_that_somebody_is_removing_is_not_the_newest(tmp_path: Path) -> N
     assert reader.latest_step() == 2
     (tmp_path / "2" / COMMIT_MARKER).unlink()
     assert reader.latest_step() == 1
+
+
+def refuse(directory: bytes) -> list[bytes]:
+    raise PermissionError(errno.EACCES, "Permission denied", directory)
+
+
+def test_a_run_that_could_not_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a first save that could not list the run, the next one still refuses a step below the newest."""
+    add_steps(tmp_path, 5)
+    with manager_of(tmp_path) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", refuse)
+            with pytest.raises(PermissionError):
+                save_steps(manager, 3)
+        with pytest.raises(InvalidArgumentError, match="has step 5 already"):
+            save_steps(manager, 3)
+        assert manager.steps() == [5]
 
 
 # ------------------------------------------------------------------ which stay
@@ -372,11 +398,54 @@ def test_a_save_below_what_was_not_looked_at_is_refused(tmp_path: Path) -> None:
 
 
 def test_late_metrics_apply_the_policies_in_a_new_process(tmp_path: Path) -> None:
-    """record_metrics lets go what need not stay, although this process has not saved yet."""
+    """record_metrics lets go what need not stay, and no more, although this process has not saved yet."""
     with manager_of(tmp_path) as manager:
         save_steps(manager, 1, 2, 3, 4)
+    with manager_of(tmp_path) as manager:
+        manager.record_metrics(4, {"loss": 2.0})
+        assert manager.steps() == [1, 2, 3, 4]
     with manager_of(tmp_path, keep=[LatestN(2), EveryNSteps(3)]) as manager:
         manager.record_metrics(4, {"loss": 1.0})
         assert manager.steps() == [3, 4]
         save_steps(manager, 5)
         assert manager.steps() == [3, 4, 5]
+
+
+def test_a_rejected_checkpoint_has_no_part_in_choosing_the_best(tmp_path: Path) -> None:
+    """A metric that only a damaged checkpoint recorded has been recorded by none."""
+    with manager_of(tmp_path, keep=[BestN(1, "accuracy"), LatestN(9)]) as manager:
+        save_steps(manager, 1, 2, metrics={"loss": 1.0})
+        save_steps(manager, 3, metrics={"accuracy": 0.5})
+        damage(tmp_path, 3)
+        assert manager.restore()["step"] == 2
+        with pytest.raises(MetricNotFoundError, match="'accuracy'"):
+            save_steps(manager, 4, metrics={"loss": 1.0})
+        save_steps(manager, 4, metrics={"accuracy": 0.4})
+        assert (manager.steps(), manager.best_step()) == ([1, 2, 4], 4)
+
+
+def test_what_has_gone_is_not_asked_for_its_metrics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After a deletion, a fallback and a rollback, nobody looks for the metrics of the steps that have gone."""
+    with manager_of(tmp_path, keep=[BestN(1, "loss"), LatestN(9)]) as manager:
+        save_steps(manager, 1, 2, 3, 4, metrics={"loss": 1.0})
+        manager.delete(2)
+        save_steps(manager, 5, metrics={"loss": 1.0})
+        damage(tmp_path, 5)
+        assert manager.restore()["step"] == 4
+        save_steps(manager, 6, 7, metrics={"loss": 1.0})
+        manager.rollback(6)
+        save_steps(manager, 7, metrics={"loss": 1.0})
+        assert manager.steps() == [1, 3, 4, 6, 7]
+    assert "cannot be read" not in caplog.text
+
+
+def test_a_checkpoint_that_a_dead_writer_was_replacing_is_the_newest_again(tmp_path: Path) -> None:
+    """What the first save puts back in its place, it also takes for the newest."""
+    with manager_of(tmp_path) as manager:
+        save_steps(manager, 4, 5)
+    os.rename(tmp_path / "5", tmp_path / "5.replaced.orbax-checkpoint-tmp")
+    with manager_of(tmp_path) as manager:
+        assert manager.latest_step() == 4
+        with pytest.raises(InvalidArgumentError, match="has step 5 already"):
+            save_steps(manager, 5)
+        assert manager.steps() == [4, 5]
