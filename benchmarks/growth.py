@@ -1,13 +1,16 @@
-"""How the time grows with leaves, with bytes and with kept checkpoints, and with which power of them.
+"""How the time grows with leaves, with bytes and with kept checkpoints: with which power of them, and how much.
 
     python -m benchmarks.growth
     python -m benchmarks.growth --max-bytes 4294967296 --rounds 5
 
 An exponent of 1 is linear growth, 0 is none. It is fitted where the fixed cost no longer counts: to sizes of at least
-1,000 leaves, 16 MiB, and to all numbers of checkpoints. Figures are medians, except that of the first save of a
-structure, for which its plan is made: there is only one.
+1,000 leaves, 16 MiB, and to all numbers of checkpoints. The factor is the largest figure over the smallest. Figures
+are medians, except that of the first save of a structure, for which its plan is made: there is only one.
 
 leaves: arrays of 1 KiB.    bytes: one array.    kept: checkpoints of three small leaves in one run.
+
+Of kept checkpoints: `latest_step` of a new manager has to list the directory, `again` is the same manager's next
+call; `start-up` is all of what a new process does: open, restore the newest, save the next.
 """
 
 from __future__ import annotations
@@ -129,26 +132,40 @@ def _time_state(
 
 
 def _of_runs(sizes: Sequence[int], options: Options) -> Series:
-    series: Series = {"open": [], "latest_step": [], "restore": [], "first save": []}
+    series: Series = {}
     state = WORKLOADS["tiny"].make(1.0)
-    like = abstract(state)
     with empty_directory(options.directory) as run:
         for size in sizes:
             _fill(run, state, size)
-            with CheckpointManager(run) as manager:
-                assert manager.latest_step() == size
-                series["latest_step"].append(_median_ms(options.rounds, manager.latest_step))
-                series["restore"].append(_median_ms(options.rounds, functools.partial(manager.restore, like)))
-            series["open"].append(_median_ms(options.rounds, lambda: CheckpointManager(run).close()))
-            added = functools.partial(shutil.rmtree, os.path.join(run, str(size + 1)))
-            save = functools.partial(_save_next, run, state, size + 1)
-            series["first save"].append(_median_ms(options.rounds, save, added))
+            for name, milliseconds in _time_run(run, state, size, options).items():
+                series.setdefault(name, []).append(milliseconds)
     return series
 
 
+def _time_run(run: str, state: State, size: int, options: Options) -> dict[str, float]:
+    like, median_ms = abstract(state), functools.partial(_median_ms, options.rounds)
+    remove_next = functools.partial(shutil.rmtree, os.path.join(run, str(size + 1)))
+    with CheckpointManager(run) as manager:
+        assert manager.latest_step() == size
+        return {
+            "open": median_ms(lambda: CheckpointManager(run).close()),
+            "latest_step": median_ms(lambda: CheckpointManager(run).latest_step()),
+            "again": median_ms(lambda: [manager.latest_step() for _ in range(100)]) / 100,
+            "restore": median_ms(lambda: jax.block_until_ready(manager.restore(like))),
+            "first save": median_ms(lambda: _save_next(run, state, size + 1), remove_next),
+            "start-up": median_ms(lambda: _start_up(run, like, state, size + 1), remove_next),
+        }
+
+
 def _save_next(run: str, state: State, step: int) -> None:
-    """Starts as a new process does: takes the lock, looks at what there is, saves."""
+    """Takes the lock, looks at what there is, saves."""
     with CheckpointManager(run, keep=None, async_save=False) as manager:
+        manager.save(step, state)
+
+
+def _start_up(run: str, like: State, state: State, step: int) -> None:
+    with CheckpointManager(run, keep=None, async_save=False) as manager:
+        jax.block_until_ready(manager.restore(like))
         manager.save(step, state)
 
 

@@ -52,6 +52,7 @@ class Report:
         )
         rows = [[f"{size:,.0f}", *(_number(values[n]) for values in series.values())] for n, size in enumerate(sizes)]
         rows.append(["exponent", *(f"{exponents[name][0]:.2f}" for name in series)])
+        rows.append(["factor", *(_number(max(values) / min(values)) for values in series.values())])
         print(f"\n{text_table([f'{title}, {unit}', *series], rows)}", flush=True)
 
     def close(self) -> None:

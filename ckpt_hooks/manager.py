@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
@@ -86,11 +88,7 @@ class CheckpointManager:
         file_options: FileOptions | None = None,
     ) -> None:
         self._run = RunDirectory(directory)
-        self._policies = retention.check_policies(keep)
-        counting = retention.LatestN | retention.EveryNSteps
-        # As long as there are no more than this many, all stay, and no policy need be asked.
-        self._always_kept = max([policy.n for policy in self._policies if isinstance(policy, retention.LatestN)] or [0])
-        self._ranks = not all(isinstance(policy, counting) for policy in self._policies)
+        self._retention = retention.Retention(keep)
         options: dict[str, Any] = {
             "multiprocessing_options": multiprocessing_options or MultiprocessingOptions(),
             "file_options": file_options or FileOptions(),
@@ -155,13 +153,15 @@ class CheckpointManager:
             raise
         if not run.is_locked:
             run.lock()
-        if not force and run.known and step <= max(run.known):
-            raise InvalidArgumentError(
-                f"save at step {step}, but {run.path} has step {max(run.known)} already. Restore first and go on from "
-                "there, choose another directory, or pass force=True to take the run back to this step."
-            )
-        if self._ranks:
-            retention.check_recorded(self._policies, self._all_metrics(), numbers)
+        if not force and run.known and step <= run.known[-1]:
+            newest = run.latest_step()  # as it is on the disk, where somebody may have removed some by hand
+            if newest is not None and step <= newest:
+                raise InvalidArgumentError(
+                    f"save at step {step}, but {run.path} has step {newest} already. Restore first and go on from "
+                    "there, choose another directory, or pass force=True to take the run back to this step."
+                )
+        if self._retention.ranks:
+            retention.check_recorded(self._retention.policies, self._known_metrics(), numbers)
         if run.rejected or os.path.lexists(path):
             run.make_way(step)
         self.checkpointer.save_args(
@@ -188,19 +188,18 @@ class CheckpointManager:
 
     def _after_commit(self, step: int, metrics: Mapping[str, Any]) -> None:
         """When `step` is durable: sets newer ones aside, and removes what need not stay."""
-        run = self._run
-        for newer in [known for known in run.known if known > step]:
-            run.set_aside(newer, "rolled_back")
-        run.known.add(step)
+        run, keep = self._run, self._retention
         run.recorded[step] = metrics
-        if len(run.known) > self._always_kept:
+        if run.known and step <= run.known[-1]:
+            run.roll_back(step)
+        else:
+            run.known.append(step)
+        if keep.policies and (run.older or len(run.known) > keep.newest):
             self._apply_retention()
 
     def _apply_retention(self) -> None:
         run = self._run
-        recorded = self._all_metrics() if self._ranks else dict.fromkeys(run.known, _NO_METRICS)
-        for step in sorted(recorded.keys() - retention.steps_to_keep(self._policies, recorded)):
-            run.known.discard(step)
+        for step in self._steps_to_remove():
             run.recorded.pop(step, None)
             try:
                 commit.remove_tree(f"{run.path}/{step}")
@@ -209,6 +208,31 @@ class CheckpointManager:
             except OSError as error:
                 # What cannot be deleted does not make the new checkpoint a failure.
                 _log.warning("step %d should go, and cannot be removed: %s", step, error)
+
+    def _steps_to_remove(self) -> list[int]:
+        """The checkpoints that need not stay, oldest first; the run no longer knows them."""
+        run, keep = self._run, self._retention
+        while True:
+            recorded = self._known_metrics()
+            chosen = keep.choose(recorded)
+            steps = (*run.older, *run.known)
+            doomed = [step for step in steps if step not in chosen and not keep.stays_for_good(step)]
+            if not doomed or all(map(run.is_checkpoint, chosen)):
+                break
+            run.take_stock()  # somebody else removed one that was to stay: others stay in its place
+        # Of a policy that counts, what is left of the others stays for good and need not be looked at again.
+        run.older.clear()
+        run.known = collections.deque(sorted(recorded.keys() - set(doomed) if keep.ranks else chosen))
+        return [step for step in doomed if run.is_checkpoint(step)]  # and whatever else has a step's name stays
+
+    def _known_metrics(self) -> Mapping[int, Mapping[str, Any]]:
+        """{step: what it recorded} of the steps that retention chooses among; the run is locked."""
+        run, keep = self._run, self._retention
+        if not keep.ranks:
+            run.know(keep.newest)
+            return dict.fromkeys(run.known, _NO_METRICS)
+        run.know(sys.maxsize)
+        return {step: run.metrics(step) for step in run.known}
 
     # -------------------------------------------------------------- restoring
 
@@ -281,14 +305,15 @@ class CheckpointManager:
         None for an empty run. Raises MetricNotFoundError where no checkpoint recorded the metric.
         """
         self._raise_failure()
-        policy = next((p for p in self._policies if isinstance(p, retention.BestN)), None)
+        policy = next((p for p in self._retention.policies if isinstance(p, retention.BestN)), None)
         if metric is None and policy is None:
             raise InvalidArgumentError(
                 'best_step() of what? Give a metric (best_step("loss")), or a BestN policy in keep='
             )
         if policy is not None and metric in (None, policy.metric):
             metric, mode = policy.metric, mode or policy.mode
-        return retention.best_step(self._all_metrics(), str(metric), mode or "min")
+        recorded = {step: self._run.metrics(step) for step in self._run.steps()}
+        return retention.best_step(recorded, str(metric), mode or "min")
 
     def metadata(self, step: int) -> StepMetadata:
         """The step metadata of a checkpoint. Raises CheckpointNotFoundError where there is none."""
@@ -312,10 +337,6 @@ class CheckpointManager:
                 problems.append(f"{path}: {type(error).__name__}: {error}")
         return problems
 
-    def _all_metrics(self) -> dict[int, Mapping[str, Any]]:
-        """{step: what it recorded}, of every committed step."""
-        return {step: self._run.metrics(step) for step in self._run.steps()}
-
     # -------------------------------------------------------------- changing
 
     def record_metrics(self, step: int, metrics: Any) -> None:
@@ -333,9 +354,7 @@ class CheckpointManager:
         self.wait()
         self._run.require(check_step(step))
         self._run.lock()
-        for newer in self._run.steps():
-            if newer > step:
-                self._run.set_aside(newer, "rolled_back")
+        self._run.roll_back(step)
 
     def delete(self, step: int) -> None:
         """Removes a checkpoint. Raises CheckpointNotFoundError where there is none."""

@@ -58,7 +58,7 @@ _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
 def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
     """(step, what `read` makes of its path) of the newest checkpoint that verifies; each rejected one is logged."""
     rejected: dict[int, str] = {}
-    for step in reversed(run.steps()):
+    for step in run.newest_first():
         try:
             restored = read(run.step_path(step))
         except _NOT_DAMAGE:

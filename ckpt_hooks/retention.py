@@ -13,7 +13,16 @@ from typing import Literal, Protocol
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError, MetricNotFoundError
 from ckpt_hooks.triggers import check_step
 
-__all__ = ["BestN", "EveryNSteps", "LatestN", "RetentionPolicy", "best_step", "check_policies", "steps_to_keep"]
+__all__ = [
+    "BestN",
+    "EveryNSteps",
+    "LatestN",
+    "Retention",
+    "RetentionPolicy",
+    "best_step",
+    "check_policies",
+    "steps_to_keep",
+]
 
 Mode = Literal["min", "max"]
 Metrics = Mapping[str, object]
@@ -83,6 +92,38 @@ class EveryNSteps:
         return {step for step in metrics if step % self.n == 0}
 
 
+class Retention:
+    """What the policies of a run say, with what they need to know in order to say it.
+
+    A policy that counts (`LatestN`, `EveryNSteps`) says of a step that is no longer among the `newest` whether it
+    stays for good, so that it need be asked only once. Any other wants the metrics of every step.
+
+    Attributes:
+      policies: none where everything stays.
+      newest: how many of the newest stay whatever they recorded; at least one.
+      ranks: whether there is a policy that does not only count.
+    """
+
+    def __init__(self, keep: object) -> None:
+        self.policies = check_policies(keep)
+        # By their very types: a subclass may have a `keep` of its own.
+        latest = [policy for policy in self.policies if type(policy) is LatestN]
+        every = [policy for policy in self.policies if type(policy) is EveryNSteps]
+        others = [policy for policy in self.policies if type(policy) not in (LatestN, EveryNSteps)]
+        self.newest = max((policy.n for policy in latest), default=1)
+        self.ranks = bool(others)
+        self._every = [policy.n for policy in every]
+        self._choosing = (LatestN(self.newest), *others)
+
+    def stays_for_good(self, step: int) -> bool:
+        """Whether the step stays whichever others there are."""
+        return not self.policies or any(step % n == 0 for n in self._every)
+
+    def choose(self, metrics: Mapping[int, Metrics]) -> set[int]:
+        """The steps that stay because of how they compare with the others in `metrics`."""
+        return steps_to_keep(self._choosing, metrics)
+
+
 def check_policies(keep: object) -> tuple[RetentionPolicy, ...]:
     """`keep` as policies: an int is `LatestN`, None keeps everything."""
     if keep is None:
@@ -144,8 +185,9 @@ def best_step(metrics: Mapping[int, Metrics], metric: str, mode: Mode) -> int | 
 
 
 def _require_metric(metric: str, recorded: Iterable[Metrics], asked: str) -> None:
-    names: Sequence[str] = sorted({name for metrics in recorded for name in metrics})
-    if metric not in names:
+    recorded = list(recorded)
+    if not any(metric in metrics for metrics in recorded):
+        names: Sequence[str] = sorted({name for metrics in recorded for name in metrics})
         raise MetricNotFoundError(
             f"{asked}, and no checkpoint of this run recorded {metric!r}; recorded are {names}. Pass it in "
             "metrics=, or add it later with record_metrics(step, ...)."

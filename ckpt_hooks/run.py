@@ -6,11 +6,12 @@ the directory is left alone.
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import logging
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckpt_hooks.errors import (
@@ -22,6 +23,7 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
+from ckpt_hooks.listing import Listing
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
@@ -31,7 +33,6 @@ __all__ = ["METRICS_ITEM", "RunDirectory"]
 
 METRICS_ITEM = "metrics"
 _METRICS_FILE = f"{METRICS_ITEM}/{METRICS_ITEM}"  # where Orbax's CheckpointManager keeps its metrics
-_STEP_NAME = re.compile(r"0|[1-9]\d*")
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +47,13 @@ class RunDirectory:
                 f"{self.path} is a file; a run is a directory of checkpoints. Choose another path."
             )
         self.rejected: dict[int, str] = {}  # steps that did not verify, with the reason
-        # While the run is locked nobody else adds or removes steps, so a save need not list the directory.
-        self.known: set[int] = set()
+        # While the run is locked nobody else adds steps, so a save need not list the directory. Only so many are
+        # verified as somebody has to know: `known` are the newest checkpoints, oldest first, empty only where there
+        # is none; `older` are the steps below them that nobody has looked at, oldest first.
+        self.known: collections.deque[int] = collections.deque()
+        self.older: list[int] = []
         self.is_locked = False
+        self._listing = Listing(self.path)
         self._lock: commit.DirectoryLock | None = None
         self._warned: set[str] = set()
         self.recorded: dict[int, Mapping[str, Any]] = {}  # what steps recorded, where it was asked for
@@ -60,21 +65,18 @@ class RunDirectory:
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first, without those that did not verify."""
-        return [step for step in sorted(self._candidates()) if self._is_checkpoint(step)]
+        return [step for step in reversed(self._listing.names().steps) if self.is_checkpoint(step)]
+
+    def newest_first(self) -> Iterator[int]:
+        """`steps`, newest first; looks at each one's directory when it is its turn."""
+        return filter(self.is_checkpoint, self._listing.names().steps)
 
     def latest_step(self) -> int | None:
         """The newest of `steps`; looks at no more directories than it has to."""
-        newest_first = sorted(self._candidates(), reverse=True)
-        return next((step for step in newest_first if self._is_checkpoint(step)), None)
+        return next(self.newest_first(), None)
 
-    def _candidates(self) -> list[int]:
-        try:
-            names = os.listdir(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return [int(name) for name in names if _STEP_NAME.fullmatch(name)]
-
-    def _is_checkpoint(self, step: int) -> bool:
+    def is_checkpoint(self, step: int) -> bool:
+        """Whether the step is committed and has not been rejected."""
         if step in self.rejected:
             return False
         path = self.step_path(step)
@@ -143,11 +145,14 @@ class RunDirectory:
             commit.make_parents(self.path)
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
-        self._lock = commit.DirectoryLock(self.path)
-        self.is_locked = True
-        for name in commit.remove_dead_temporaries(self.path):
-            _log.info("removed %s, left in %s by a writer that died", name, self.path)
-        self.known = set(self.steps())
+        lock = commit.DirectoryLock(self.path)
+        names = self._listing.names()
+        if any(commit.TMP_SUFFIX in name for name in names.others):
+            for name in commit.remove_dead_temporaries(self.path):
+                _log.info("removed %s, left in %s by a writer that died", name, self.path)
+            names = self._listing.names()  # it may have put back a checkpoint
+        self.take_stock(names.steps)
+        self._lock, self.is_locked = lock, True  # not before: who cannot list a run does not take it for an empty one
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -155,22 +160,46 @@ class RunDirectory:
             self._lock = None
             self.is_locked = False
 
+    def take_stock(self, newest_first: Sequence[int] | None = None) -> None:
+        """Begins anew with what is known of the run's steps, which is its newest one."""
+        steps = self._listing.names().steps if newest_first is None else newest_first
+        self.older = list(reversed(steps))
+        self.known.clear()
+        self.know(1)
+
+    def know(self, number: int) -> None:
+        """Makes the newest `number` checkpoints known, or all where there are fewer."""
+        while self.older and len(self.known) < number:
+            step = self.older.pop()
+            if self.is_checkpoint(step):
+                self.known.appendleft(step)
+
     def make_way(self, step: int) -> None:
         """Moves aside what is no checkpoint and is in the way of one: damaged steps, and a stray directory."""
         for rejected in list(self.rejected):
-            self.set_aside(rejected, "damaged")
+            self._set_aside(rejected, "damaged")
             del self.rejected[rejected]
         if os.path.lexists(self.step_path(step)) and not is_committed(self.step_path(step)):
-            self.set_aside(step, "stray")
+            self._set_aside(step, "stray")
 
     def reject(self, reasons: Mapping[int, str]) -> None:
         """These steps do not verify: they are no checkpoints from now on, and `make_way` moves them aside."""
         self.rejected.update(reasons)
-        self.known -= reasons.keys()
+        if self.is_locked:
+            self.take_stock()
 
-    def set_aside(self, step: int, label: str) -> None:
-        """Renames a step to ``<step>.<label>``, where nobody takes it for a checkpoint and nobody deletes it."""
-        self._forget(step)
+    def roll_back(self, step: int) -> None:
+        """Sets the checkpoints above `step` aside as ``<step>.rolled_back``."""
+        newer = list(itertools.takewhile(lambda other: other > step, self.newest_first()))
+        try:
+            for other in reversed(newer):  # until the last one has gone, the newest is what it was
+                self._set_aside(other, "rolled_back")
+        finally:
+            self.take_stock()
+
+    def _set_aside(self, step: int, label: str) -> None:
+        # As ``<step>.<label>``, where nobody takes it for a checkpoint and nobody deletes it.
+        self.recorded.pop(step, None)
         path = self.step_path(step)
         if os.path.lexists(path):
             try:
@@ -181,16 +210,14 @@ class RunDirectory:
 
     def remove(self, step: int) -> None:
         """Removes a step; a reader sees all of it or nothing."""
-        self._forget(step)
+        self.recorded.pop(step, None)
         path = self.step_path(step)
         try:
             commit.remove_tree(path)
         except OSError as error:
             raise explain_os_error(error, f"cannot remove {path}") from error
-
-    def _forget(self, step: int) -> None:
-        self.known.discard(step)
-        self.recorded.pop(step, None)
+        finally:
+            self.take_stock()
 
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds metrics to a committed step; a crash in between leaves the old ones or the new ones."""
