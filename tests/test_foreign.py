@@ -87,7 +87,7 @@ class Layout:
 
     def create(self, path: Path, name: str, array: np.ndarray) -> Any:
         """An array like this one, with no chunk yet."""
-        options = {"fill_value": np.ones((), array.dtype)} if self.filled else {}
+        options: dict[str, Any] = {"fill_value": np.ones((), array.dtype)} if self.filled else {}
         return ts.open(self.spec(path, name, array), create=True, context=_CONTEXT, **options).result()
 
     def open(self, path: Path, names: Any, **options: Any) -> ForeignArrays:
@@ -213,7 +213,7 @@ def test_damage_in_one_array_does_not_hurt_the_others(tmp_path: Path, way: str) 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"zarr_format": 2, "shape": [3], "chunks": [3]}'])
 def test_metadata_that_lacks_or_is_damaged_names_the_array(tmp_path: Path, content: bytes | None) -> None:
-    """An array without metadata, or with metadata that says too little, is an error that names it; no field is guessed."""
+    """An array without metadata, or with metadata that says too little, is an error that names it."""
     layout = LAYOUTS["zarr2, files"]
     arrays = {name: make_array((3,), np.dtype("f4")) for name in ("a", "b")}
     layout.write(tmp_path, arrays)
