@@ -314,12 +314,13 @@ def test_memory_is_aligned_and_nobody_elses(way: str, tmp_path: Path) -> None:
     assert bytes_of(again) == bytes_of(arrays)
 
 
-def test_batches_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    """Small arrays are read in batches of at most a set size, so that one leaf keeps no more than that alive."""
+def test_one_array_keeps_little_alive(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays share memory only in pieces of a set size, so that one leaf keeps no more than that alive."""
     layout = LAYOUTS["zarr2, zstd"]
     arrays = {f"w{i}": make_array((10, 20), np.dtype("f4"), i) for i in range(12)}
     layout.write(tmp_path, arrays)
     monkeypatch.setattr(foreign, "_BATCH_BYTES", 2400)  # three arrays
+    monkeypatch.setattr(foreign, "_PIECE_BYTES", 2560)
     found = layout.open(tmp_path, arrays).read(arrays)
     assert bytes_of(found) == bytes_of(arrays)
     assert len({id(owner_of(array)) for array in found.values()}) == 4

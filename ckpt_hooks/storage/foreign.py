@@ -29,7 +29,8 @@ from ckpt_hooks.storage.zarr import ArrayKind
 __all__ = ["ForeignArrays"]
 
 _SMALL_BYTES = 256 << 10  # above it, one more copy of the bytes costs more than one more array
-_BATCH_BYTES = 8 << 20  # of small arrays, whose memory is one piece; more would keep dead memory alive for one leaf
+_BATCH_BYTES = 8 << 20  # of small arrays
+_PIECE_BYTES = 16 << 20  # of memory that arrays share; more would keep dead memory alive for one leaf
 _IN_FLIGHT_BYTES = 256 << 20  # of arrays read one by one: until they are done, tensorstore holds their bytes twice more
 _MIN_IN_FLIGHT = 2  # arrays, however large
 _ALIGNMENT_BYTES = 64  # JAX on CPU takes such memory without a copy
@@ -83,9 +84,10 @@ class ForeignArrays:
                 small.append(name)
             else:
                 large.append(name)
+        memory = _Memory(self._kinds[name] for name in small + large)
         for batch in self._batches(small):
-            arrays |= self._read_batch(batch)
-        return arrays | self._read_each(large)
+            arrays |= self._read_batch(batch, memory)
+        return arrays | self._read_each(large, memory)
 
     # -------------------------------------------------------------- metadata
 
@@ -115,10 +117,10 @@ class ForeignArrays:
             )
         kind = self._known_kinds.get(encoded)
         if kind is None:
-            memory = self._memory({self._metadata_file: encoded})
+            values = self._store_of({self._metadata_file: encoded})
             spec = {"driver": self._driver}
             with self._naming(name):
-                store: Any = self._ts.open(spec, kvstore=memory, read=True, context=self._context).result()
+                store: Any = self._ts.open(spec, kvstore=values, read=True, context=self._context).result()
             chunk_shape = store.chunk_layout.read_chunk.shape or ()  # tensorstore has None for no axes
             info = ArrayInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), tuple(chunk_shape))
             kind = self._known_kinds[encoded] = ArrayKind(info, store.spec().to_json()["metadata"])
@@ -143,7 +145,7 @@ class ForeignArrays:
     def _place(self, name: str) -> tuple[str, int]:
         return self._values.place(array_key(name, self._kinds[name].chunks[0][0]))
 
-    def _read_batch(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def _read_batch(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
         kinds: dict[ArrayKind, list[str]] = {}
         for name in names:
             kinds.setdefault(self._kinds[name], []).append(name)
@@ -151,13 +153,13 @@ class ForeignArrays:
         try:
             values = self._values.read(array_key(name, key) for name in names for key, _ in self._kinds[name].chunks)
             for kind, members in kinds.items():
-                arrays |= self._read_stack(kind, members, values)
+                arrays |= self._read_stack(kind, members, values, memory)
         except _ERRORS:
-            return self._read_each(names)  # says which of them it is
+            return self._read_each(names, memory)  # says which of them it is
         return arrays
 
     def _read_stack(
-        self, kind: ArrayKind, names: Sequence[str], values: Mapping[bytes, bytes]
+        self, kind: ArrayKind, names: Sequence[str], values: Mapping[bytes, bytes], memory: _Memory
     ) -> dict[str, np.ndarray]:
         chunks = {}
         for number, name in enumerate(names):
@@ -165,11 +167,11 @@ class ForeignArrays:
                 value = values.get(array_key(name, suffix))
                 if value is not None:
                     chunks[f"{number}{position}"] = value
-        rows = _aligned_rows(len(names), kind)
-        self._start_read(kind.stacked(len(names)), self._memory(chunks), rows).result()
+        rows = memory.rows(len(names), kind)
+        self._start_read(kind.stacked(len(names)), self._store_of(chunks), rows).result()
         return {name: rows[number, ...] for number, name in enumerate(names)}
 
-    def _memory(self, values: Mapping[str, bytes]) -> Any:
+    def _store_of(self, values: Mapping[str, bytes]) -> Any:
         """A key-value store of its own, gone with the last array that is read from it."""
         spec = {"driver": "memory", "memory_key_value_store": {}}
         store = self._ts.KvStore.open(spec, context=self._context).result()
@@ -179,7 +181,7 @@ class ForeignArrays:
 
     # -------------------------------------------------------------- one array at a time
 
-    def _read_each(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+    def _read_each(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
         arrays = {}
         in_flight: collections.deque[tuple[str, Any]] = collections.deque()
         in_flight_bytes = 0
@@ -190,9 +192,9 @@ class ForeignArrays:
                 with self._naming(finished):
                     future.result()
                 in_flight_bytes -= self._kinds[finished].nbytes
-            arrays[name] = _aligned_rows(1, kind)[0, ...]
-            store = self._store + array_key(name, "").decode()
+            arrays[name] = memory.rows(1, kind)[0, ...]
             with self._naming(name):
+                store = self._store + array_key(name, "").decode()
                 in_flight.append((name, self._start_read(kind.metadata, store, arrays[name])))
             in_flight_bytes += kind.nbytes
         for name, future in in_flight:
@@ -227,10 +229,32 @@ class ForeignArrays:
             raise CorruptCheckpointError(f"{self._directory}: array {name!r} cannot be read: {error}") from error
 
 
-def _aligned_rows(num: int, kind: ArrayKind) -> np.ndarray:
-    """Memory of `num` arrays, each at a multiple of 64 bytes."""
-    row_nbytes = -(-kind.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    memory = np.empty(num * row_nbytes + _ALIGNMENT_BYTES, np.uint8)
+class _Memory:
+    """Memory for arrays, each at a multiple of 64 bytes.
+
+    It is cut from pieces that are large enough for huge pages, since page faults on small ones cost as much as reading.
+    """
+
+    def __init__(self, kinds: Iterable[ArrayKind]) -> None:
+        self._expected_nbytes = sum(_row_nbytes(kind) for kind in kinds)
+        self._free = np.empty(0, np.uint8)
+
+    def rows(self, num: int, kind: ArrayKind) -> np.ndarray:
+        """Memory of `num` arrays along a first axis, which need not lie one right after another."""
+        nbytes = num * _row_nbytes(kind)
+        if nbytes > len(self._free):
+            self._free = _aligned(max(nbytes, min(_PIECE_BYTES, self._expected_nbytes)))
+        part, self._free = self._free[:nbytes], self._free[nbytes:]
+        self._expected_nbytes -= nbytes
+        rows = part.reshape(num, -1)[:, : kind.nbytes]
+        return rows.view(kind.info.dtype).reshape(num, *kind.info.shape)
+
+
+def _row_nbytes(kind: ArrayKind) -> int:
+    return -(-kind.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    memory = np.empty(nbytes + _ALIGNMENT_BYTES, np.uint8)  # NumPy asks for huge pages
     start = -memory.ctypes.data % _ALIGNMENT_BYTES
-    rows = memory[start : start + num * row_nbytes].reshape(num, row_nbytes)[:, : kind.nbytes]
-    return rows.view(kind.info.dtype).reshape(num, *kind.info.shape)
+    return memory[start : start + nbytes]
