@@ -27,9 +27,10 @@ try:
 except ImportError:
     safetensors = None
 
-__all__ = ["CONTROL", "OURS", "BackgroundSaver", "Saver", "background_savers", "savers"]
+__all__ = ["CONTROL", "ORBAX", "OURS", "BackgroundSaver", "Saver", "background_savers", "savers"]
 
 OURS, CONTROL = "ours", "ours (A/A)"
+ORBAX = ("orbax", "orbax, tuned")  # whose checkpoints ours restores too
 _DATA_FILE_BYTES = 256 << 20  # of the sizes tried, the one with which Orbax is fastest
 
 
@@ -83,8 +84,8 @@ def background_savers() -> list[BackgroundSaver]:
     return [
         _ours_in_background(OURS),
         _ours_in_background(CONTROL),
-        BackgroundSaver("orbax", default.save, default.wait_until_finished),
-        BackgroundSaver("orbax, tuned", functools.partial(_save_tuned, tuned), tuned.wait_until_finished),
+        BackgroundSaver(ORBAX[0], default.save, default.wait_until_finished),
+        BackgroundSaver(ORBAX[1], functools.partial(_save_tuned, tuned), tuned.wait_until_finished),
     ]
 
 
@@ -111,7 +112,7 @@ def _orbax_default() -> Saver:
         checkpointer.save(path, state)
         checkpointer.wait_until_finished()
 
-    return Saver("orbax", save, checkpointer.restore)
+    return Saver(ORBAX[0], save, checkpointer.restore)
 
 
 def _orbax_tuned() -> Saver:
@@ -121,7 +122,7 @@ def _orbax_tuned() -> Saver:
         restore_args = orbax.checkpoint_utils.construct_restore_args(like)
         return checkpointer.restore(path, args=orbax.args.PyTreeRestore(like, restore_args=restore_args))
 
-    return Saver("orbax, tuned", functools.partial(_save_tuned, checkpointer), restore)
+    return Saver(ORBAX[1], functools.partial(_save_tuned, checkpointer), restore)
 
 
 def _tuned_handler() -> Any:

@@ -4,7 +4,7 @@
 
 Everybody restores a checkpoint of its own into the shapes, dtypes and shardings that it is told, until the arrays are
 ready. Once, before the clock runs, they are compared with what was saved. ``raw`` reads one file into fresh memory,
-and makes no arrays.
+and makes no arrays. Two more tables are of ours restoring what Orbax wrote, at its defaults and tuned, beside Orbax.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from benchmarks.contestants import Saver, savers
+from benchmarks.contestants import CONTROL, ORBAX, OURS, Saver, savers
 from benchmarks.options import empty_directory, parse
 from benchmarks.report import Report
 from benchmarks.timing import Measurement, alternate, seconds_of
@@ -28,18 +28,26 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, argv)
     report = Report("restore", options)
+    everybody = {saver.name: saver for saver in savers()}
+    tables = {"": [(name, name) for name in everybody]}
+    for theirs in ORBAX:
+        tables[f"; what {theirs} wrote"] = [(reader, theirs) for reader in (OURS, CONTROL, theirs)]
     for workload in options.workloads:
         state = workload.make(options.scale)
         like, title = abstract(state), f"{workload.name}: {describe(state)}"
         with empty_directory(options.directory) as directory:
-            runs = {}
-            for number, saver in enumerate(savers()):
-                path = os.path.join(directory, str(number))
-                saver.save(path, saver.prepare(state))
-                _check(saver, path, state, like)
-                runs[saver.name] = functools.partial(_restore, saver, path, like)
+            paths = {name: os.path.join(directory, str(number)) for number, name in enumerate(everybody)}
+            for name, saver in everybody.items():
+                saver.save(paths[name], saver.prepare(state))
+            for reader, writer in {pair for pairs in tables.values() for pair in pairs}:
+                _check(everybody[reader], paths[writer], state, like)
             del state
-            report.add(title, "ms", alternate(runs, options.rounds)["restore"])
+            for what, pairs in tables.items():
+                runs = {
+                    reader: functools.partial(_restore, everybody[reader], paths[writer], like)
+                    for reader, writer in pairs
+                }
+                report.add(f"{title}{what}", "ms", alternate(runs, options.rounds)["restore"])
     report.close()
 
 

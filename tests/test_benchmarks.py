@@ -10,7 +10,7 @@ import pytest
 
 TABLES = {  # {benchmark: what stands in its tables}
     "save": ["tiny: 3 leaves", "ours (A/A)", "orbax, tuned", "msgpack", "raw"],
-    "restore": ["tiny: 3 leaves", "ours (A/A)", "orbax v1, tuned", "msgpack", "raw"],
+    "restore": ["tiny: 3 leaves", "ours (A/A)", "orbax v1, tuned", "msgpack", "raw", "; what orbax, tuned wrote"],
     "blocking": ["; blocking", "; per leaf", "; stall"],
     "interference": ["; training", "; lost", "; python", "no save"],
     "hook": ["a call with nothing due", "a function"],

@@ -2,24 +2,47 @@
 
 zarr v2 and v3, compressed or not, one OCDBT database or one per process, or plain directories. tensorstore is
 loaded when the first such item is read.
+
+What costs is not the bytes but one more array: to open it, and to read it. So arrays are opened once for each
+*kind*, all that have the same metadata, and small ones are read many at once: their chunks are put side by side in
+memory, where they are the chunks of one array with one axis more (`zarr.ArrayKind.stacked`). All decoding is
+tensorstore's, straight into the memory that is handed out.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError
+from ckpt_hooks.storage.layout import array_key
 from ckpt_hooks.storage.reader import ArrayInfo
+from ckpt_hooks.storage.values import DatabaseValues, FileValues
+from ckpt_hooks.storage.zarr import ArrayKind
 
 __all__ = ["ForeignArrays"]
 
+_SMALL_BYTES = 256 << 10  # above it, one more copy of the bytes costs more than one more array
+_BATCH_BYTES = 8 << 20  # of small arrays
+_PIECE_BYTES = 16 << 20  # of memory that arrays share; more would keep dead memory alive for one leaf
+_IN_FLIGHT_BYTES = 256 << 20  # of arrays read one by one: until they are done, tensorstore holds their bytes twice more
+_MIN_IN_FLIGHT = 2  # arrays, however large
+_ALIGNMENT_BYTES = 64  # JAX on CPU takes such memory without a copy
+
+_ERRORS = (ValueError, OSError, NotImplementedError)
+
 
 class ForeignArrays:
-    """The arrays of one item that another library wrote."""
+    """The arrays of one item that another library wrote.
+
+    Raises CorruptCheckpointError, with the directory and the array, where one of them cannot be read.
+    """
 
     def __init__(
         self,
@@ -34,52 +57,204 @@ class ForeignArrays:
 
         self._ts = ts
         self._directory = directory
-        self._driver = "zarr3" if use_zarr3 else "zarr"
-        self._use_ocdbt = use_ocdbt
+        self._driver, self._metadata_file = ("zarr3", "zarr.json") if use_zarr3 else ("zarr", ".zarray")
         self._fill_missing = fill_missing
         self._context = ts.Context(
-            {"file_io_concurrency": {"limit": 128}, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
+            {"file_io_concurrency": {"limit": 32}, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
         )
-        self._stores = self._open(names)
+        self._files = {"driver": "file", "path": os.path.join(directory, "")}
+        self._use_ocdbt = use_ocdbt
+        self._values = self._open_values()
+        self._known_kinds: dict[bytes, ArrayKind] = {}
+        self._kinds = self._read_kinds(list(names))
 
     def info(self, name: str) -> ArrayInfo:
         """Shape, dtype and chunks of an array."""
-        store = self._stores[name]
-        chunk_shape = store.chunk_layout.read_chunk.shape or ()  # tensorstore has None for an array without axes
-        return ArrayInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), tuple(chunk_shape))
+        return self._kinds[name].info
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """The arrays of these names."""
-        futures = {name: self._stores[name].read() for name in names}
-        return {name: np.asarray(self._result(name, future)) for name, future in futures.items()}
+        """The arrays of these names; memory is aligned to 64 bytes and shared with no other call."""
+        arrays: dict[str, np.ndarray] = {}
+        small, large = [], []
+        for name in names:
+            kind = self._kinds[name]
+            if kind.nbytes == 0:
+                arrays[name] = np.empty(kind.info.shape, kind.info.dtype)  # no element, so no chunk
+            elif kind.nbytes <= _SMALL_BYTES and kind.can_be_stacked:
+                small.append(name)
+            else:
+                large.append(name)
+        memory = _Memory(self._kinds[name] for name in small + large)
+        for batch in self._batches(small):
+            arrays |= self._read_batch(batch, memory)
+        return arrays | self._read_each(large, memory)
 
-    def _open(self, names: Iterable[str]) -> dict[str, Any]:
-        # All at once: each open is a round trip, and tensorstore runs them side by side.
-        futures = {name: self._ts.open(self._spec(name), open=True, read=True, context=self._context) for name in names}
-        return {name: self._result(name, future) for name, future in futures.items()}
+    # -------------------------------------------------------------- metadata
 
-    def _result(self, name: str, future: Any) -> Any:
-        # tensorstore has no error classes of its own; its texts start with NOT_FOUND:, DATA_LOSS: and so on.
+    def _open_values(self) -> DatabaseValues | FileValues:
+        store = self._ts.KvStore.open(self._files, context=self._context).result()
+        if not self._use_ocdbt:
+            return FileValues(store)
         try:
-            return future.result()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise CorruptCheckpointError(f"{self._directory}: array {name!r} cannot be read: {error}") from error
+            return DatabaseValues(store, lambda node: self._ts.ocdbt.dump(store, node, context=self._context).result())
+        except (*_ERRORS, LookupError) as error:
+            raise CorruptCheckpointError(
+                f"{self._directory}: the index of its arrays cannot be read: {error}"
+            ) from error
 
-    def _spec(self, name: str) -> dict[str, object]:
-        base = {"driver": "file", "path": os.path.join(self._directory, "")}
-        if self._use_ocdbt:
-            kvstore: dict[str, object] = {
-                "driver": "ocdbt",
-                "base": base,
-                "path": f"{name}/" if name else "",
-                "cache_pool": "cache_pool#ocdbt",
-            }
-        else:
-            kvstore = {"driver": "file", "path": os.path.join(self._directory, name, "")}
-        return {
+    def _read_kinds(self, names: Sequence[str]) -> dict[str, ArrayKind]:
+        keys = [array_key(name, self._metadata_file) for name in names]
+        try:
+            values = self._values.read(keys)
+        except _ERRORS as error:
+            raise CorruptCheckpointError(f"{self._directory}: its arrays cannot be read: {error}") from error
+        return {name: self._kind(name, values.get(key)) for name, key in zip(names, keys, strict=True)}
+
+    def _kind(self, name: str, encoded: bytes | None) -> ArrayKind:
+        if encoded is None:
+            raise CorruptCheckpointError(
+                f"{self._directory}: array {name!r} cannot be read: its {self._metadata_file} is missing"
+            )
+        kind = self._known_kinds.get(encoded)
+        if kind is None:
+            values = self._store_of({self._metadata_file: encoded})
+            spec = {"driver": self._driver}
+            with self._naming(name):
+                store: Any = self._ts.open(spec, kvstore=values, read=True, context=self._context).result()
+            chunk_shape = store.chunk_layout.read_chunk.shape or ()  # tensorstore has None for no axes
+            info = ArrayInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), tuple(chunk_shape))
+            kind = self._known_kinds[encoded] = ArrayKind(info, store.spec().to_json()["metadata"])
+        return kind
+
+    # -------------------------------------------------------------- many small arrays at once
+
+    def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Small arrays that lie one after another."""
+        batch: list[str] = []
+        batch_nbytes = 0
+        for name in sorted(names, key=self._place):
+            nbytes = self._kinds[name].nbytes
+            if batch and batch_nbytes + nbytes > _BATCH_BYTES:
+                yield batch
+                batch, batch_nbytes = [], 0
+            batch.append(name)
+            batch_nbytes += nbytes
+        if batch:
+            yield batch
+
+    def _place(self, name: str) -> tuple[str, int]:
+        return self._values.place(array_key(name, self._kinds[name].chunks[0][0]))
+
+    def _read_batch(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
+        kinds: dict[ArrayKind, list[str]] = {}
+        for name in names:
+            kinds.setdefault(self._kinds[name], []).append(name)
+        arrays: dict[str, np.ndarray] = {}
+        try:
+            values = self._values.read(array_key(name, key) for name in names for key, _ in self._kinds[name].chunks)
+            for kind, members in kinds.items():
+                arrays |= self._read_stack(kind, members, values, memory)
+        except _ERRORS:
+            return self._read_each(names, memory)  # says which of them it is
+        return arrays
+
+    def _read_stack(
+        self, kind: ArrayKind, names: Sequence[str], values: Mapping[bytes, bytes], memory: _Memory
+    ) -> dict[str, np.ndarray]:
+        chunks = {}
+        for number, name in enumerate(names):
+            for suffix, position in kind.chunks:
+                value = values.get(array_key(name, suffix))
+                if value is not None:
+                    chunks[f"{number}{position}"] = value
+        rows = memory.rows(len(names), kind)
+        self._start_read(kind.stacked(len(names)), self._store_of(chunks), rows).result()
+        return {name: rows[number, ...] for number, name in enumerate(names)}
+
+    def _store_of(self, values: Mapping[str, bytes]) -> Any:
+        """A key-value store of its own, gone with the last array that is read from it."""
+        spec = {"driver": "memory", "memory_key_value_store": {}}
+        store = self._ts.KvStore.open(spec, context=self._context).result()
+        for key, value in values.items():
+            store[key] = value
+        return store
+
+    # -------------------------------------------------------------- one array at a time
+
+    def _read_each(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
+        arrays = {}
+        in_flight: collections.deque[tuple[str, Any]] = collections.deque()
+        in_flight_bytes = 0
+        for name in names:
+            kind = self._kinds[name]
+            while len(in_flight) >= _MIN_IN_FLIGHT and in_flight_bytes + kind.nbytes > _IN_FLIGHT_BYTES:
+                finished, future = in_flight.popleft()
+                with self._naming(finished):
+                    future.result()
+                in_flight_bytes -= self._kinds[finished].nbytes
+            arrays[name] = memory.rows(1, kind)[0, ...]
+            with self._naming(name):
+                store = self._store + array_key(name, "").decode()
+                in_flight.append((name, self._start_read(kind.metadata, store, arrays[name])))
+            in_flight_bytes += kind.nbytes
+        for name, future in in_flight:
+            with self._naming(name):
+                future.result()
+        return arrays
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        """The key-value store that has the arrays' keys."""
+        spec = {"driver": "ocdbt", "base": self._files, "cache_pool": "cache_pool#ocdbt"}
+        return self._ts.KvStore.open(spec if self._use_ocdbt else self._files, context=self._context).result()
+
+    def _start_read(self, metadata: Mapping[str, Any], store: Any, target: np.ndarray) -> Any:
+        """A future of `target` being filled with the array whose chunks are in `store`."""
+        spec = {
             "driver": self._driver,
-            "kvstore": kvstore,
+            "metadata": metadata,
             "recheck_cached_data": False,
-            "recheck_cached_metadata": False,
             "fill_missing_data_reads": self._fill_missing,
         }
+        # With its metadata known, an open reads nothing.
+        array = self._ts.open(spec, kvstore=store, read=True, open=True, assume_metadata=True, context=self._context)
+        return self._ts.array(target).write(array.result())
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        # tensorstore has no error classes of its own; its texts start with NOT_FOUND:, DATA_LOSS: and so on.
+        try:
+            yield
+        except _ERRORS as error:
+            raise CorruptCheckpointError(f"{self._directory}: array {name!r} cannot be read: {error}") from error
+
+
+class _Memory:
+    """Memory for arrays, each at a multiple of 64 bytes.
+
+    It is cut from pieces that are large enough for huge pages, since page faults on small ones cost as much as reading.
+    """
+
+    def __init__(self, kinds: Iterable[ArrayKind]) -> None:
+        self._expected_nbytes = sum(_row_nbytes(kind) for kind in kinds)
+        self._free = np.empty(0, np.uint8)
+
+    def rows(self, num: int, kind: ArrayKind) -> np.ndarray:
+        """Memory of `num` arrays along a first axis, which need not lie one right after another."""
+        nbytes = num * _row_nbytes(kind)
+        if nbytes > len(self._free):
+            self._free = _aligned(max(nbytes, min(_PIECE_BYTES, self._expected_nbytes)))
+        part, self._free = self._free[:nbytes], self._free[nbytes:]
+        self._expected_nbytes -= nbytes
+        rows = part.reshape(num, -1)[:, : kind.nbytes]
+        return rows.view(kind.info.dtype).reshape(num, *kind.info.shape)
+
+
+def _row_nbytes(kind: ArrayKind) -> int:
+    return -(-kind.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    memory = np.empty(nbytes + _ALIGNMENT_BYTES, np.uint8)  # NumPy asks for huge pages
+    start = -memory.ctypes.data % _ALIGNMENT_BYTES
+    return memory[start : start + nbytes]

@@ -1,0 +1,101 @@
+"""zarr metadata, v2 and v3: which keys the chunks of an array have, and many equal arrays as one (no I/O)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ckpt_hooks.storage.reader import ArrayInfo
+
+__all__ = ["ArrayKind"]
+
+# Their configuration says nothing of the number of axes, so that it holds for a stack too.
+_CODECS_OF_BYTES = frozenset({"bytes", "blosc", "crc32c", "gzip", "zstd"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrayKind:
+    """All that arrays with the same metadata have in common.
+
+    Attributes:
+      info: shape, dtype and chunks.
+      metadata: as tensorstore writes it, in full.
+    """
+
+    info: ArrayInfo
+    metadata: Mapping[str, Any]
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        return math.prod(self.info.shape) * self.info.dtype.itemsize
+
+    @functools.cached_property
+    def chunks(self) -> list[tuple[str, str]]:
+        """(key, key behind the number of the array in a stack) of every chunk.
+
+        >>> fields = {"zarr_format": 2, "shape": [3, 1], "chunks": [2, 1], "dimension_separator": "/"}
+        >>> ArrayKind(ArrayInfo((3, 1), np.dtype("f4"), (2, 1)), fields).chunks
+        [('0/0', '.0.0'), ('1/0', '.1.0')]
+        """
+        shape, chunk_shape = self.metadata["shape"], self._chunk_shape
+        counts = [-(-n // c) for n, c in zip(shape, chunk_shape, strict=True)]
+        return [(self._key(position), "".join(f".{n}" for n in position)) for position in np.ndindex(*counts)]
+
+    def _key(self, position: tuple[int, ...]) -> str:
+        if self._is_v2:
+            return str(self.metadata["dimension_separator"]).join(map(str, position)) or "0"
+        encoding = self.metadata["chunk_key_encoding"]
+        is_default = encoding["name"] == "default"
+        separator = encoding.get("configuration", {}).get("separator", "/" if is_default else ".")
+        return str(separator).join(["c"] * is_default + [str(n) for n in position]) or "0"
+
+    @property
+    def _is_v2(self) -> bool:
+        return bool(self.metadata["zarr_format"] == 2)
+
+    @property
+    def _chunk_shape(self) -> list[int]:
+        if self._is_v2:
+            return list(self.metadata["chunks"])
+        return list(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
+
+    # -------------------------------------------------------------- stacks
+
+    @functools.cached_property
+    def can_be_stacked(self) -> bool:
+        """Whether `stacked` knows all that the metadata says."""
+        if self._is_v2:
+            return isinstance(self.metadata["dtype"], str) and self.metadata["filters"] is None
+        if self.metadata["chunk_grid"]["name"] != "regular":
+            return False
+        codecs = self.metadata["codecs"]
+        if codecs[0]["name"] == "sharding_indexed":
+            sharding, codecs = codecs[0]["configuration"], codecs[1:]
+            codecs = [*codecs, *sharding["codecs"], *sharding["index_codecs"]]
+        return all(codec["name"] in _CODECS_OF_BYTES for codec in codecs)
+
+    def stacked(self, num: int) -> dict[str, Any]:
+        """The metadata of `num` such arrays along a new first axis, with chunk keys ``<number>.<position>``.
+
+        A chunk of it, one long on that axis, has the bytes that it has in its own array.
+        """
+        shape, chunk_shape = [num, *self.metadata["shape"]], [1, *self._chunk_shape]
+        if self._is_v2:
+            return {**self.metadata, "shape": shape, "chunks": chunk_shape, "dimension_separator": "."}
+        fields = {name: value for name, value in self.metadata.items() if name not in ("attributes", "dimension_names")}
+        first, *others = self.metadata["codecs"]
+        if first["name"] == "sharding_indexed":
+            sharding = first["configuration"]
+            first = {**first, "configuration": {**sharding, "chunk_shape": [1, *sharding["chunk_shape"]]}}
+        return {
+            **fields,
+            "shape": shape,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+            "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
+            "codecs": [first, *others],
+        }
