@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_hooks.errors import CorruptCheckpointError, DiskFullError, RunLockedError
-from ckpt_hooks.storage import checksums, commit, layout, ocdbt, writer
+from ckpt_hooks.storage import checksums, commit, layout, ocdbt, varints, writer
 from ckpt_hooks.storage.foreign import ForeignArrays
 from ckpt_hooks.storage.memory import host_bytes
 from ckpt_hooks.storage.reader import Database
@@ -50,10 +50,10 @@ def assert_equal(found: Arrays, expected: Arrays) -> None:
 @given(st.lists(st.integers(0, 2**64 - 1)))
 def test_a_column_of_integers_is_that_of_each_integer(values: list[int]) -> None:
     """A column is encoded as its integers are one by one, and decoded to what it was."""
-    encoded = ocdbt.encode_varints(values)
-    assert encoded == b"".join(map(ocdbt.varint, values))
+    encoded = varints.encode_varints(values)
+    assert encoded == b"".join(map(varints.varint, values))
     buffer = np.frombuffer(b"\x80" + encoded + b"\x01", np.uint8)
-    found, end = ocdbt.decode_varints(buffer, 1, len(values))
+    found, end = varints.decode_varints(buffer, 1, len(values))
     assert (found.tolist(), end) == (values, 1 + len(encoded))
 
 

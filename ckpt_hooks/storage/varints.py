@@ -1,0 +1,84 @@
+"""LEB128 integers, as OCDBT stores its columns: seven bits a byte, the lowest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt_hooks.errors import CorruptCheckpointError
+
+__all__ = ["U64", "decode_varints", "encode_varints", "varint"]
+
+U64 = npt.NDArray[np.uint64]
+
+
+def varint(value: int) -> bytes:
+    """LEB128.
+
+    >>> varint(300).hex()
+    'ac02'
+    """
+    out = bytearray()
+    while value > 0x7F:
+        out.append((value & 0x7F) | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def encode_varints(values: Sequence[int] | U64) -> bytes:
+    """A column of LEB128 integers, without a Python step per integer.
+
+    >>> encode_varints([1, 300]).hex()
+    '01ac02'
+    """
+    column = np.asarray(values, dtype=np.uint64)
+    if column.size == 0:
+        return b""
+    # groups[i, k] is the k-th 7-bit group of value i; ten groups hold 64 bits.
+    shifts = np.arange(0, 70, 7, dtype=np.uint64)
+    groups = np.where(shifts < 64, column[:, None] >> np.minimum(shifts, 63), 0).astype(np.uint8) & 0x7F
+    groups[:, 9] = (column >> np.uint64(63)).astype(np.uint8)
+    used = np.maximum(1, 10 - np.argmax(groups[:, ::-1] != 0, axis=1))
+    used[~groups.any(axis=1)] = 1
+    position = np.arange(10)
+    groups[position < used[:, None] - 1] |= 0x80
+    return bytes(groups[position < used[:, None]].tobytes())
+
+
+def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
+    """`num` LEB128 integers from `start`, and the position after them."""
+    if num <= 4:
+        integers = []
+        for _ in range(num):
+            integer, start = _decode_varint(buffer, start)
+            integers.append(integer)
+        return np.array(integers, np.uint64), start
+    window = buffer[start : start + 10 * num]
+    ends = np.flatnonzero(window < 0x80)[:num]
+    if len(ends) < num:
+        raise CorruptCheckpointError("index node ends in the middle of an integer")
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if int(lengths.max()) > 10:
+        raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
+    values = np.zeros(num, np.uint64)
+    for k in range(int(lengths.max())):
+        has = lengths > k
+        group = (window[starts[has] + k] & 0x7F).astype(np.uint64)
+        values[has] |= group << np.uint64(7 * k)
+    return values, start + int(ends[-1]) + 1
+
+
+def _decode_varint(buffer: npt.NDArray[np.uint8], start: int) -> tuple[int, int]:
+    """One LEB128 integer: the columns of a small index have few, for which arrays take longer than Python does."""
+    value = 0
+    for position, byte in enumerate(buffer[start : start + 10].tolist()):
+        value |= (byte & 0x7F) << 7 * position
+        if byte < 0x80:
+            if value >> 64:
+                raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
+            return value, start + position + 1
+    raise CorruptCheckpointError("index node ends in the middle of an integer")
