@@ -24,6 +24,7 @@ from ckpt_hooks import (
 )
 from ckpt_hooks.handlers import pytree
 from ckpt_hooks.storage import writer
+from ckpt_hooks.storage.memory import aligned_memory
 from ckpt_hooks.storage.writer import ArrayWriter, HostMemory
 from tests.sameness import typed_bits
 
@@ -143,6 +144,22 @@ def test_options_that_cannot_be_meant_are_refused(tmp_path: Path, wrong: dict[st
 
 
 # ------------------------------------------------------------------ memory
+
+
+def test_large_memory_is_in_huge_pages() -> None:
+    """Where Linux gives huge pages on request, large memory has them: making its pages takes a quarter of the time."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no huge pages")
+
+    def huge_kib() -> int:
+        rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return int(next(row.split()[1] for row in rows if row.startswith("AnonHugePages")))
+
+    before = huge_kib()
+    memory = aligned_memory(64 * MIB)
+    memory[:] = 1
+    assert huge_kib() - before >= 32 * 1024
 
 
 def test_memory_is_used_again_by_the_next_save() -> None:

@@ -26,7 +26,8 @@ def aligned_memory(nbytes: int) -> Bytes:
         memory = np.empty(nbytes + 64, np.uint8)
         skip = -memory.ctypes.data % 64
         return memory[skip : skip + nbytes]
-    pages = mmap.mmap(-1, nbytes)
+    # Private, since Python's default is shared memory, which Linux does not put into huge pages.
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)
