@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -42,13 +42,21 @@ class SavedTree:
         self._strings = self._read_strings()
         key_impls = self._read_key_impls()
         self._arrays = self._open(metadata, [leaf.name for leaf in leaves if leaf.name not in self._strings], verify)
-        info = self._arrays.info
-        self.leaves = {
-            name: SavedLeaf(value_type, info(name), key_impls.get(name))
-            if name not in self._strings
-            else SavedLeaf("string", None)
-            for name, _, value_type in leaves
-        }
+        self.leaves = dict(self._describe(leaves, key_impls))
+
+    def _describe(
+        self, leaves: Iterable[tree.LeafRecord], key_impls: Mapping[str, str]
+    ) -> Iterator[tuple[str, SavedLeaf]]:
+        alike: dict[tuple[int, str], SavedLeaf] = {}  # most leaves of a state are like many others
+        for name, _, value_type in leaves:
+            info = None if name in self._strings else self._arrays.info(name)
+            if name in key_impls:
+                yield name, SavedLeaf(value_type, info, key_impls[name])
+                continue
+            leaf = alike.get((id(info), value_type))
+            if leaf is None:
+                leaf = alike[id(info), value_type] = SavedLeaf(value_type, info)
+            yield name, leaf
 
     # -------------------------------------------------------------- restoring
 

@@ -43,15 +43,21 @@ class ArrayInfo(NamedTuple):
     chunk_shape: tuple[int, ...]
 
 
-class _Array(NamedTuple):
-    """An array in the index; `chunk` is the number of its only chunk, -1 where it has several or none."""
+class _Stored(NamedTuple):
+    """What a ``.zarray`` says; arrays that are alike share one.
+
+    Attributes:
+      chunk_nbytes: of a chunk that is not compressed.
+      only_suffix: of the key of its only chunk; empty where it has several or none.
+    """
 
     info: ArrayInfo
     chunk_nbytes: int
     is_compressed: bool
-    chunk: int
+    only_suffix: bytes
 
 
+_Array = tuple[_Stored, int]  # and the number of its only chunk, -1 where it has several or none
 _Value = tuple[Any, int]  # memory that holds it, and where in it the value begins
 _NOTHING: _Value = (b"", 0)
 
@@ -86,29 +92,29 @@ class Database:
         """Shape, dtype and chunks of an array."""
         if name not in self._arrays:
             raise CorruptCheckpointError(f"{self._directory}: the index has no array {name!r}")
-        return self._arrays[name].info
+        return self._arrays[name][0].info
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The arrays of these names; memory is aligned to 64 bytes and shared with no other call."""
         wanted = {name: self._arrays[name] for name in names}
-        whole = {name: array for name, array in wanted.items() if array.chunk >= 0}
-        cut = {name: self._chunks(name, array) for name, array in wanted.items() if array.chunk < 0}
-        numbers = [array.chunk for array in whole.values()]
+        whole = {name: stored for name, (stored, chunk) in wanted.items() if chunk >= 0}
+        cut = {name: self._chunks(name, stored) for name, (stored, chunk) in wanted.items() if chunk < 0}
+        numbers = [chunk for _, chunk in wanted.values() if chunk >= 0]
         numbers += [number for chunks in cut.values() for _, number in chunks]
-        owners = [*whole.values(), *(wanted[name] for name, chunks in cut.items() for _ in chunks)]
+        owners = [*whole.values(), *(wanted[name][0] for name, chunks in cut.items() for _ in chunks)]
         values = iter(self._read_chunks(owners, np.array(numbers, np.int64)))
         arrays = {
-            name: np.ndarray(array.info.shape, array.info.dtype, memory, offset)  # what was read is the array
-            for (name, array), (memory, offset) in zip(whole.items(), values)  # noqa: B905 (the rest is below)
+            name: np.ndarray(stored.info.shape, stored.info.dtype, memory, offset)  # what was read is the array
+            for (name, stored), (memory, offset) in zip(whole.items(), values)  # noqa: B905 (the rest is below)
         }
         for name, chunks in cut.items():
-            arrays[name] = _assembled(wanted[name].info, [position for position, _ in chunks], values)
+            arrays[name] = _assembled(wanted[name][0].info, [position for position, _ in chunks], values)
         return arrays
 
-    def _chunks(self, name: str, array: _Array) -> list[tuple[tuple[int, ...], int]]:
+    def _chunks(self, name: str, stored: _Stored) -> list[tuple[tuple[int, ...], int]]:
         """(position, number of its value) of every chunk."""
         chunks = []
-        for position, suffix in _grid(array.info.shape, array.info.chunk_shape):
+        for position, suffix in _grid(stored.info.shape, stored.info.chunk_shape):
             number = self._numbers.get(array_key(name, suffix))
             if number is None:
                 raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
@@ -146,14 +152,13 @@ class Database:
             if not key.endswith(_METADATA_KEY) or files[number] >= 0:
                 continue
             encoded = self._bodies[-1 - files[number]][offsets[number] : offsets[number] + nbytes[number]]
-            info, chunk_nbytes, is_compressed, only_suffix = _parse_zarray(bytes(encoded))
-            stem = key[: -len(_METADATA_KEY)]
-            chunk = self._numbers.get(stem + only_suffix, -1) if only_suffix else -1
-            self._arrays[stem[:-1].decode()] = _Array(info, chunk_nbytes, is_compressed, chunk)
+            stored = _parse_zarray(bytes(encoded))
+            stem, suffix = key[: -len(_METADATA_KEY)], stored.only_suffix
+            self._arrays[stem[:-1].decode()] = stored, self._numbers.get(stem + suffix, -1) if suffix else -1
 
     # -------------------------------------------------------------- bytes
 
-    def _read_chunks(self, owners: Sequence[_Array], numbers: I64) -> list[_Value]:
+    def _read_chunks(self, owners: Sequence[_Stored], numbers: I64) -> list[_Value]:
         """The chunks with these numbers, of these arrays."""
         is_compressed = np.array([owner.is_compressed for owner in owners], np.bool_)
         expected = np.array([owner.chunk_nbytes for owner in owners], np.int64)
@@ -308,13 +313,13 @@ def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> list[tuple[tu
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse_zarray(encoded: bytes) -> tuple[ArrayInfo, int, bool, bytes]:
-    """(array, length of a chunk, is it compressed, key suffix of its only chunk: empty where it has not just one)."""
+def _parse_zarray(encoded: bytes) -> _Stored:
     fields = json.loads(encoded)
     info = ArrayInfo(tuple(fields["shape"]), dtype_from_zarr(fields["dtype"]), tuple(fields["chunks"]))
     is_whole = info.shape == info.chunk_shape
     suffix = b".".join([b"0"] * max(1, len(info.shape))) if is_whole else b""
-    return info, math.prod(info.chunk_shape) * info.dtype.itemsize, fields["compressor"] is not None, suffix
+    chunk_nbytes = math.prod(info.chunk_shape) * info.dtype.itemsize
+    return _Stored(info, chunk_nbytes, fields["compressor"] is not None, suffix)
 
 
 def dtype_from_zarr(text: str) -> np.dtype:
