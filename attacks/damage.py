@@ -21,9 +21,9 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -34,8 +34,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from attacks.at_once import io_at_once
+from attacks.forked import run_forked
 from attacks.quiet import quiet
-from attacks.states import differences, same, state_of, step_of
+from attacks.states import differences, state_of, step_of
 from ckpt_hooks import Checkpointer, CheckpointManager, StandardCheckpointHandler
 from ckpt_hooks import args as ckpt_args
 from ckpt_hooks.errors import CheckpointError
@@ -48,6 +49,7 @@ OLDER, STEP = 10, 20
 _IN_FILES = frozenset({"bit", "sector", "truncate"})
 _MANY = frozenset({"bit", "truncate"})
 _PAIRS = frozenset({"swap", "copy"})
+_KIND_OF_ORBAX = "mixed"
 _SAMPLE_STRIDE = 61  # prime, so that every place in a byte is met
 
 Verdict = Literal["detected", "harmless", "WRONG", "UNTOLD"]
@@ -236,15 +238,13 @@ def attack(
 ) -> Tally:
     """Strikes a specimen in every way; of bits and lengths each `stride`-th, of pairs each `pair_stride`-th."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="damage-") as folder:
-        shards = [
-            (specimen, os.path.join(folder, str(i)), stride, pair_stride, every_form, i, processes)
+        tasks = [
+            functools.partial(
+                _strike, specimen, os.path.join(folder, str(i)), stride, pair_stride, every_form, i, processes
+            )
             for i in range(processes)
         ]
-        if processes == 1:
-            found = [_strike(*shards[0])]
-        else:
-            with multiprocessing.get_context("fork").Pool(processes) as pool:
-                found = pool.starmap(_strike, shards)
+        found = run_forked(tasks)
     total = Tally()
     for tally in found:
         total.add(tally)
@@ -313,7 +313,7 @@ def attack_orbax(flips: int, directory: str | None = None) -> Mapping[str, colle
     with tempfile.TemporaryDirectory(dir=directory, prefix="damage-orbax-") as folder:
         path = os.path.join(folder, str(STEP))
         with quiet(), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, _state_of_orbax(STEP))
+            checkpointer.save(path, state_of(STEP, _KIND_OF_ORBAX))
             checkpointer.wait_until_finished()
             every = list(damages(path, ["bit"]))
             chosen = np.random.default_rng(0).choice(len(every), min(flips, len(every)), replace=False)
@@ -326,18 +326,12 @@ def attack_orbax(flips: int, directory: str | None = None) -> Mapping[str, colle
     return found
 
 
-def _state_of_orbax(value: int) -> Any:
-    state = state_of(value, "mixed")
-    del state["params"]["empty"]  # which Orbax refuses
-    return state
-
-
 def _verdict_of_orbax(checkpointer: Any, path: str) -> Verdict:
     try:
-        restored = checkpointer.restore(path, _state_of_orbax(0))
+        restored = checkpointer.restore(path, state_of(0, _KIND_OF_ORBAX))
     except Exception:  # whatever it raises, it has noticed
         return "detected"
-    return "WRONG" if same(restored, _state_of_orbax(STEP)) else "harmless"
+    return "WRONG" if differences(restored, STEP, _KIND_OF_ORBAX) else "harmless"
 
 
 # ------------------------------------------------------------------ the command

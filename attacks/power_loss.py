@@ -21,8 +21,8 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
-import multiprocessing
 import os
 import stat
 import sys
@@ -35,6 +35,7 @@ from unittest import mock
 import xxhash
 
 from attacks.at_once import io_at_once
+from attacks.forked import run_forked
 from attacks.states import differences, state_of, step_of
 from ckpt_hooks import CheckpointManager
 from ckpt_hooks.errors import CheckpointNotFoundError
@@ -309,7 +310,9 @@ class Outcome:
       states: how many were restored from.
       distinct: the digests of their trees.
       visible: the digests of what of them is not temporary by its name.
-      restored: how many gave an older value of those that were right, a newer one, or none.
+      models: how many of each model.
+      saved_again: in how many the next save was made.
+      cpu_secs: of all processes.
       failures: each with what was wrong.
     """
 
@@ -350,15 +353,14 @@ def attack(
         recorded = os.path.join(folder, "recorded")
         os.mkdir(recorded)
         log = story.record(recorded, skip)
-        shards = [
-            (story, log, per_cut, seed, os.path.join(folder, str(i)), range(i, len(log.operations) + 1, processes))
+        every = range(len(log.operations) + 1)
+        tasks = [
+            functools.partial(
+                _strike, story, log, per_cut, seed, os.path.join(folder, str(i)), every[i::processes], until_failure
+            )
             for i in range(processes)
         ]
-        if processes == 1:
-            found = [_strike(*shards[0], until_failure)]
-        else:
-            with multiprocessing.get_context("fork").Pool(processes) as pool:
-                found = pool.starmap(_strike, shards)
+        found = run_forked(tasks)
     total = Outcome(operations=len(log.operations))
     for outcome in found:
         total.add(outcome)
@@ -366,7 +368,7 @@ def attack(
 
 
 def _strike(
-    story: Story, log: Recording, per_cut: int, seed: int, path: str, cuts: range, until_failure: bool = False
+    story: Story, log: Recording, per_cut: int, seed: int, path: str, cuts: range, until_failure: bool
 ) -> Outcome:
     start_secs = time.process_time()
     outcome = Outcome()
@@ -469,7 +471,7 @@ def _controls(directory: str, seed: int) -> list[str]:
     blind = []
     print("\ncontrol: without             states   failed")
     for control in CONTROLS:
-        outcome = attack(STORIES["saves, retention"], per_cut=20, seed=seed, directory=directory, skip=control)
+        outcome = attack(STORIES["late metrics"], per_cut=20, seed=seed, directory=directory, skip=control)
         print(f"{control:37}{outcome.states:8}{len(outcome.failures):9}")
         if not outcome.failures:
             blind.append(control)
