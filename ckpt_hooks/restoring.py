@@ -141,6 +141,9 @@ class _Checkpoint:
         metadata = read_step_metadata(path) or StepMetadata()
         recorded = metadata.item_handlers if isinstance(metadata.item_handlers, Mapping) else {}
         checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+        if checksums is not None:
+            # A directory that somebody has put here was never saved. Late metrics are not covered at once.
+            present &= checksums.items() | recorded.keys() | {METRICS_ITEM}
         self.saved = present | recorded.keys() | (checksums.items() if checksums else set())
         self.trees = {name for name in present if StandardCheckpointHandler.recognizes(os.path.join(path, name))}
         # An item that has lost its files counts as a tree if its handler was one: it is damage, not absence.

@@ -39,6 +39,11 @@ CHANGES_FILES = {
 OF_PATHS = {"rename", "rmdir", "rmtree", "unlink", "fsync"}  # methods that only paths and file modules have
 
 
+def is_for_tests(file: str) -> bool:
+    """Whether a file is what users test with, which damages files on purpose."""
+    return file.startswith("testing/")
+
+
 @functools.cache
 def parse(file: str) -> ast.Module:
     return ast.parse((PACKAGE / file).read_text(), file)
@@ -173,7 +178,7 @@ def test_only_processes_knows_of_other_processes(file: str) -> None:
     assert not [name for name in names if name.startswith(known)]
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "storage/commit.py"])
+@pytest.mark.parametrize("file", [file for file in FILES if file != "storage/commit.py" and not is_for_tests(file)])
 def test_only_commit_renames_removes_and_syncs(file: str) -> None:
     """Nothing else renames, removes or syncs a file or directory, by whatever module it could be done."""
     found = []
@@ -184,6 +189,11 @@ def test_only_commit_renames_removes_and_syncs(file: str) -> None:
                 found.append(f"line {node.lineno}: {owner}.{name}")
     assert not found
     assert not [name for name, node in imported_names(file) if isinstance(node, ast.ImportFrom) and is_low_level(name)]
+
+
+def test_nobody_imports_what_damages_files() -> None:
+    """`testing/` is loaded by nobody but itself: what the library does never goes through it."""
+    assert not [file for file in files_importing("ckpt_hooks.testing") if not is_for_tests(file)]
 
 
 def is_low_level(name: str) -> bool:
