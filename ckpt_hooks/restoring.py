@@ -13,6 +13,7 @@ from etils import epath
 
 from ckpt_hooks import events, train_state
 from ckpt_hooks.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     HandlerNotFoundError,
     InvalidArgumentError,
@@ -28,7 +29,7 @@ from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHand
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
-from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
+from ckpt_hooks.reading import describe_checkpoint, read_checkpoint, read_unchanged
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_temporary
@@ -51,19 +52,38 @@ _NOT_DAMAGE = (
     MemoryError,
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
+_MAX_LISTINGS = 100
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
 
 
 def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
     """(step, what `read` makes of its path) of the newest checkpoint that verifies; each rejected one is logged."""
+    for _ in range(_MAX_LISTINGS):
+        try:
+            return _read_newest_listed(run, read)
+        except _ListAnewError:
+            continue
+    raise CheckpointError(
+        f"{run.path}: {_MAX_LISTINGS} times, a checkpoint was removed while it was read; keep more of them (`keep=`)"
+    )
+
+
+class _ListAnewError(Exception):
+    """A step that was listed is gone, for a writer has newer ones: what was listed with it is out of date too."""
+
+
+def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
     rejected: dict[int, str] = {}
     for step in reversed(run.steps()):
+        path = run.step_path(step)
         try:
-            restored = read(run.step_path(step))
+            restored = read(path)
         except _NOT_DAMAGE:
             raise
         except Exception as error:  # another library's damage comes in every class
+            if not os.path.lexists(path):
+                raise _ListAnewError from error
             if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -97,9 +117,14 @@ def restore_checkpoint(
 
     No object is touched: what sets their states does so when nothing can fail any more.
     """
-    checkpoint = _Checkpoint(path)
-    objects = objects or {}
     asked = None if items is None else _as_names(items)
+    return read_unchanged(path, lambda: _restore(path, like, asked, cast, objects or {}))
+
+
+def _restore(
+    path: str, like: Any, asked: list[str] | None, cast: bool, objects: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    checkpoint = _Checkpoint(path)
     if checkpoint.is_single_tree:
         if asked is not None or objects:
             wanted = [*(asked or ()), *objects]
@@ -215,6 +240,10 @@ def _is_tree_handler(recorded: str) -> bool:
 
 def read_metadata(path: str) -> StepMetadata:
     """The metadata of a checkpoint, with shapes and dtypes of its pytree items."""
-    single = StandardCheckpointHandler.recognizes(path)
-    handler = StandardCheckpointHandler() if single else CompositeCheckpointHandler()
-    return describe_checkpoint(handler, epath.Path(path))
+
+    def describe() -> StepMetadata:
+        single = StandardCheckpointHandler.recognizes(path)
+        handler = StandardCheckpointHandler() if single else CompositeCheckpointHandler()
+        return describe_checkpoint(handler, epath.Path(path))
+
+    return read_unchanged(path, describe)
