@@ -211,7 +211,8 @@ def _way(before: State, change: Operation) -> list[State]:
         for newer in sorted(step for step in now if step > change.step):
             del now[newer]
             way.append(_state(now))
-    if change.kind == "delete" and now.pop(change.step, None):
+    if change.kind == "delete" and change.step in now:
+        del now[change.step]
         way.append(_state(now))
     if change.kind in ("save", "force", "record"):
         losses = {step: math.nan if loss is None else loss for step, (_, loss) in now.items()}

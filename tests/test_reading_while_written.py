@@ -57,7 +57,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_anew(run: Path) 
 def test_an_error_while_metrics_are_recorded_is_no_damage(run: Path) -> None:
     """Checksums read before `record_metrics`, and a file after it: it is read anew."""
     save(run, 1, 1.0)
-    attempts = []
+    attempts: list[int] = []
 
     def read() -> str:
         attempts.append(len(attempts))
@@ -85,14 +85,19 @@ def test_an_error_while_nothing_changes_is_raised_at_once(run: Path) -> None:
     assert len(attempts) == 1
 
 
-def test_what_is_removed_while_it_is_read_was_not_found(run: Path) -> None:
-    """Removal by a writer is told as what it is, whatever error it led to."""
+@pytest.mark.parametrize("found", ["an error", "problems"])
+def test_what_is_removed_while_it_is_read_was_not_found(run: Path, found: str) -> None:
+    """Removal by a writer is told as what it is, whatever it led to."""
     save(run, 1)
+
+    def read() -> list[str]:
+        shutil.rmtree(run / "1")
+        if found == "an error":
+            os.stat(run / "1" / "a")
+        return [found]
+
     with pytest.raises(CheckpointNotFoundError, match="removed while it was read"):
-        read_unchanged(str(run / "1"), lambda: [shutil.rmtree(run / "1"), os.stat(run / "1" / "a")])
-    save(run, 2)
-    with pytest.raises(CheckpointNotFoundError, match="removed while it was read"):
-        read_unchanged(str(run / "2"), lambda: shutil.rmtree(run / "2") or ["problem"], is_doubtful=bool)
+        read_unchanged(str(run / "1"), read, is_doubtful=bool)
 
 
 def test_what_was_read_before_the_removal_is_returned(run: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_zoo_needs_neither_flax_nor_hypothesis_until_asked() -> None:
 CHANGES: dict[str, tuple[Any, Any]] = {
     "value": ({"w": np.arange(3.0)}, {"w": np.array([0.0, 1.0, 3.0])}),
     "negative zero": ({"x": 0.0}, {"x": -0.0}),
-    "nan payload": (np.uint32([0x7FC00000]).view(np.float32), np.uint32([0x7FC00001]).view(np.float32)),
+    "nan payload": (np.array([0x7FC00000], np.uint32).view("f4"), np.array([0x7FC00001], np.uint32).view("f4")),
     "dtype": (np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int64)),
     "byte order": (np.arange(3, dtype="<i4"), np.arange(3, dtype=">i4")),
     "shape": (np.zeros((2, 3)), np.zeros((3, 2))),

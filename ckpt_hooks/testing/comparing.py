@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 __all__ = ["assert_same", "differences"]
@@ -125,14 +124,14 @@ def _bits(array: Any) -> np.ndarray:
     host = np.asarray(array)
     if host.dtype.name in _HALF_BYTES:
         # NumPy keeps these in a whole byte each, and what is in the other half means nothing.
-        width_bits = ml_dtypes.iinfo(host.dtype).bits if "int" in host.dtype.name else 4
-        return np.ascontiguousarray(host).reshape(-1, 1).view(np.uint8) & np.uint8((1 << width_bits) - 1)
+        used = np.uint8((1 << _HALF_BYTES[host.dtype.name]) - 1)
+        return np.ascontiguousarray(host).reshape(-1, 1).view(np.uint8) & used
     if not host.size:
         return np.empty((0, 1), np.uint8)
     return np.frombuffer(host.tobytes(), np.uint8).reshape(host.size, host.itemsize)
 
 
-_HALF_BYTES = frozenset({"int2", "uint2", "int4", "uint4", "float4_e2m1fn"})
+_HALF_BYTES = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}  # dtype: bits
 
 
 def _show(value: Any) -> str:

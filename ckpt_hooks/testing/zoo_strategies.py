@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ckpt_hooks.errors import NameCollisionError
-from ckpt_hooks.testing.zoo import NARROW_DTYPES, PLAIN_DTYPES, Moments, Nothing
+from ckpt_hooks.testing.zoo_states import NARROW_DTYPES, PLAIN_DTYPES, Moments, Nothing
 from ckpt_hooks.tree import flatten
 
 __all__ = ["states"]
