@@ -279,10 +279,10 @@ def is_committed(path: Any) -> bool:
     if any(os.path.exists(os.path.join(directory, name)) for name in names):
         return True
     try:
-        names = os.listdir(directory)
+        entries = os.listdir(directory)
     except FileNotFoundError:
         return False  # removed since the first look at it
-    return any(os.path.exists(os.path.join(directory, name, TREE_METADATA_FILE)) for name in names)
+    return any(os.path.exists(os.path.join(directory, name, TREE_METADATA_FILE)) for name in entries)
 
 
 def _is_incomplete(directory: str) -> bool:
