@@ -179,7 +179,7 @@ def _write(process: _Process) -> None:
     while not process.is_stopped:
         turn += 1
         _Writer(process, f"{process.index}.{turn}").work()
-        time.sleep(process.rng.uniform(0, 0.1))
+        time.sleep(process.rng.uniform(0, 0.3))
 
 
 class _Writer:
@@ -297,7 +297,7 @@ def _read_fresh(process: _Process) -> None:
 def _read_something(process: _Process, manager: CheckpointManager) -> None:
     name, rng = str(process.index), process.rng
     choice = rng.random()
-    if choice < 0.35:
+    if choice < 0.4:
         _restore_newest(process, name, manager)
     elif choice < 0.45:
         with process.operation(name, "newest") as row:
@@ -310,6 +310,8 @@ def _read_something(process: _Process, manager: CheckpointManager) -> None:
             row["steps"] = steps = manager.steps()
         if steps:
             _look_at(process, name, manager, rng.choice([*steps, steps[-1]]))
+        else:
+            time.sleep(0.02)  # an empty run is read so fast that nothing else would be
 
 
 def _look_at(process: _Process, name: str, manager: CheckpointManager, step: int) -> None:

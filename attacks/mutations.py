@@ -74,17 +74,30 @@ GUARDED = re.compile(r"storage/(?!foreign)|temporary_paths|checkpointer|manager|
 
 # {module: the tests that are about it, the likeliest first}; the rest of the list is tried for every module.
 TESTS = {
-    "storage/commit.py": ["storage", "commit_order", "attacks_power_loss", "temporary_paths", "manager", "bad_input"],
+    "storage/commit.py": [
+        "storage",
+        "commit_order",
+        "temporary_paths",
+        "checkpointer",
+        "attacks_power_loss",
+        "bad_input",
+    ],
     "storage/checksums.py": ["storage", "bad_input", "manager", "where_orbax_fails"],
     "storage/reader.py": ["storage", "bad_input"],
     "storage/writer.py": ["storage", "bad_input", "checkpointer"],
     "storage/ocdbt.py": ["storage", "orbax_reads_ours", "we_read_orbax"],
     "storage/layout.py": ["storage"],
-    "temporary_paths.py": ["temporary_paths", "commit_order", "attacks_power_loss", "checkpointer", "manager"],
+    "temporary_paths.py": [
+        "temporary_paths",
+        "commit_order",
+        "checkpointer",
+        "reading_while_written",
+        "attacks_power_loss",
+    ],
     "checkpointer.py": ["checkpointer", "async_checkpointer", "temporary_paths", "hook"],
-    "manager.py": ["manager", "retention", "hook", "commit_order"],
-    "run.py": ["manager", "commit_order", "reading_while_written"],
-    "restoring.py": ["manager", "reading_while_written", "train_state", "we_read_orbax"],
+    "manager.py": ["manager", "readers_of_a_run", "retention", "hook", "commit_order"],
+    "run.py": ["manager", "readers_of_a_run", "commit_order", "bad_input"],
+    "restoring.py": ["reading_while_written", "manager", "train_state", "bad_input", "we_read_orbax"],
     "reading.py": ["reading_while_written", "checkpointer", "bad_input"],
     "metadata.py": ["metadata", "async_checkpointer"],
     "matching.py": ["train_state"],
@@ -96,7 +109,7 @@ TESTS = {
     "hook.py": ["hook", "preemption"],
     "processes.py": ["checkpointer"],
 }
-FOR_ALL = ["manager", "checkpointer", "async_checkpointer", "bad_input", "attacks_histories", "attacks_machine"]
+FOR_ALL = ["manager", "attacks_histories", "attacks_machine"]
 
 
 @dataclasses.dataclass(frozen=True)
