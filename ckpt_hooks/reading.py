@@ -19,7 +19,7 @@ from ckpt_hooks.handlers.composite import CompositeCheckpointHandler
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 
-__all__ = ["describe_checkpoint", "read_checkpoint", "read_unchanged"]
+__all__ = ["Watch", "describe_checkpoint", "read_checkpoint", "read_unchanged"]
 
 _T = TypeVar("_T")
 _MAX_READS = 100  # a writer replaces a checkpoint more slowly than a reader opens it, except by chance
@@ -71,7 +71,7 @@ def read_unchanged(
     Raises CheckpointNotFoundError where it was removed while it was read, and whatever `read` raises.
     """
     for _ in range(_MAX_READS):
-        watch = _Watch(path)
+        watch = Watch(path)
         with contextlib.closing(watch):
             try:
                 result = read()
@@ -89,7 +89,7 @@ def read_unchanged(
     raise CheckpointError(f"{path} was replaced {_MAX_READS} times, each time while it was read: read another step")
 
 
-class _Watch:
+class Watch:
     """A checkpoint at the beginning of a read, to be compared with what is there at its end."""
 
     def __init__(self, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -29,7 +30,7 @@ from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHand
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
-from ckpt_hooks.reading import describe_checkpoint, read_checkpoint, read_unchanged
+from ckpt_hooks.reading import Watch, describe_checkpoint, read_checkpoint, read_unchanged
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_temporary
@@ -77,20 +78,25 @@ def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[i
     rejected: dict[int, str] = {}
     for step in reversed(run.steps()):
         path = run.step_path(step)
-        try:
-            restored = read(path)
-        except _NOT_DAMAGE:
-            raise
-        except Exception as error:  # another library's damage comes in every class
-            if not os.path.lexists(path):
-                raise _ListAnewError from error
-            if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
+        with contextlib.closing(Watch(path)) as watch:
+            if step != next((other for other in reversed(run.steps()) if other not in rejected), None):
+                raise _ListAnewError  # so it may be another one that is watched, and not the newest when it came
+            try:
+                restored = read(path)
+            except _NOT_DAMAGE:
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            _log.error("step %d of %s is rejected: %s", step, run.path, reason)
-            events.record_event(events.READ_REJECTED, step=step)
-            rejected[step] = reason
-            continue
+            except Exception as error:  # another library's damage comes in every class
+                if not watch.is_in_place():
+                    raise _ListAnewError from error
+                if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                _log.error("step %d of %s is rejected: %s", step, run.path, reason)
+                events.record_event(events.READ_REJECTED, step=step)
+                rejected[step] = reason
+                continue
+            if not watch.is_gone() and not watch.is_in_place():
+                raise _ListAnewError  # what was read took the place of the newest, and newer ones may not have gone yet
         run.reject(rejected)
         if rejected:
             _log.warning("step %d of %s is restored instead of %s", step, run.path, sorted(rejected))

@@ -167,3 +167,42 @@ def test_a_directory_that_goes_while_one_looks_is_no_checkpoint(run: Path, monke
 
     monkeypatch.setattr(os.path, "isdir", remove_after)
     assert not is_committed(str(run / "1"))
+
+
+def test_what_takes_the_place_of_the_newest_is_the_newest_only_when_newer_ones_have_gone(run: Path) -> None:
+    """A listing is overtaken by a newer step, and then by the return to the one that it names."""
+    save(run, 10)
+    save(run, 20, 2.0)
+    directory = RunDirectory(run)
+
+    def overtake() -> None:
+        save(run, 30, 3.0)
+        save(run, 20, 2.5, force=True)
+        os.rename(run / "30.rolled_back", run / "30")  # the return is half done: 20 is there, and 30 is there still
+
+    overtake_once = once(overtake)
+
+    def read(path: str) -> float:
+        overtake_once()
+        return float(restore_checkpoint(path)[0]["a"][0])
+
+    assert read_newest(directory, read) == (30, 3.0)
+
+
+def test_the_newest_is_looked_for_anew_where_the_listing_is_overtaken_before_the_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same, where it happens between the listing and the first look at the step."""
+    save(run, 20, 2.0)
+    directory = RunDirectory(run)
+    watch = reading.Watch.__init__
+
+    def overtaken(self: reading.Watch, path: str) -> None:
+        monkeypatch.undo()
+        save(run, 30, 3.0)
+        save(run, 20, 2.5, force=True)
+        os.rename(run / "30.rolled_back", run / "30")
+        watch(self, path)
+
+    monkeypatch.setattr(reading.Watch, "__init__", overtaken)
+    assert read_newest(directory, lambda path: float(restore_checkpoint(path)[0]["a"][0])) == (30, 3.0)
