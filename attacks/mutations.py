@@ -98,7 +98,7 @@ TESTS = {
     "manager.py": ["manager", "readers_of_a_run", "retention", "hook", "commit_order"],
     "run.py": ["manager", "readers_of_a_run", "commit_order", "bad_input"],
     "restoring.py": ["reading_while_written", "manager", "train_state", "bad_input", "we_read_orbax"],
-    "reading.py": ["reading_while_written", "checkpointer", "bad_input"],
+    "reading.py": ["reading_while_written", "safeties", "checkpointer", "bad_input"],
     "metadata.py": ["metadata", "async_checkpointer"],
     "matching.py": ["train_state"],
     "loading.py": ["train_state", "storage", "bad_input", "we_read_orbax"],
@@ -109,7 +109,7 @@ TESTS = {
     "hook.py": ["hook", "preemption"],
     "processes.py": ["checkpointer"],
 }
-FOR_ALL = ["manager", "attacks_histories", "attacks_machine"]
+FOR_ALL = ["safeties", "manager", "attacks_histories", "attacks_machine"]
 
 
 @dataclasses.dataclass(frozen=True)

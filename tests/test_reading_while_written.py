@@ -134,7 +134,9 @@ def test_a_checkpoint_that_never_stays_is_an_error(run: Path, monkeypatch: pytes
         read_unchanged(str(run / "1"), lambda: save(run, 1, force=True))
 
 
-def test_the_newest_is_looked_for_anew_where_the_one_that_was_listed_is_gone(run: Path) -> None:
+def test_the_newest_is_looked_for_anew_where_the_one_that_was_listed_is_gone(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Retention that overtakes a reader leads it to the newer checkpoint, and not to an older one or to an error."""
     save(run, 10)
     save(run, 20, 2.0)
@@ -152,6 +154,20 @@ def test_the_newest_is_looked_for_anew_where_the_one_that_was_listed_is_gone(run
     directory = RunDirectory(run)
     assert read_newest(directory, read) == (30, 3.0)
     assert not directory.rejected
+    assert "rejected" not in caplog.text  # nobody is told of damage that there is not
+
+
+def test_the_newest_that_goes_when_it_has_been_read_was_the_newest(run: Path) -> None:
+    """A reader that has read all of it need not read another one because retention came after it."""
+    save(run, 10)
+    save(run, 20, 2.0)
+
+    def read(path: str) -> float:
+        value = float(restore_checkpoint(path)[0]["a"][0])
+        shutil.rmtree(path)
+        return value
+
+    assert read_newest(RunDirectory(run), read) == (20, 2.0)
 
 
 def test_a_directory_that_goes_while_one_looks_is_no_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
