@@ -263,9 +263,11 @@ def _run_tests(copy: Path, test_file: str) -> str:
         try:
             output, _ = process.communicate(timeout=TIMEOUT_SECS)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
             return f"{test_file} (does not end)"
+        finally:
+            if process.poll() is None:  # also where somebody interrupts the sweep
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
     if process.returncode == 0:
         return ""
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
