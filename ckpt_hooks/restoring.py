@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -13,6 +14,7 @@ from etils import epath
 
 from ckpt_hooks import events, train_state
 from ckpt_hooks.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     HandlerNotFoundError,
     InvalidArgumentError,
@@ -28,7 +30,7 @@ from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHand
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
-from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
+from ckpt_hooks.reading import Watch, describe_checkpoint, read_checkpoint, read_unchanged
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_temporary
@@ -51,26 +53,50 @@ _NOT_DAMAGE = (
     MemoryError,
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
+_MAX_LISTINGS = 100
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
 
 
 def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
     """(step, what `read` makes of its path) of the newest checkpoint that verifies; each rejected one is logged."""
+    for _ in range(_MAX_LISTINGS):
+        try:
+            return _read_newest_listed(run, read)
+        except _ListAnewError:
+            continue
+    raise CheckpointError(
+        f"{run.path}: {_MAX_LISTINGS} times, a checkpoint was removed while it was read; keep more of them (`keep=`)"
+    )
+
+
+class _ListAnewError(Exception):
+    """A step that was listed is gone, for a writer has newer ones: what was listed with it is out of date too."""
+
+
+def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
     rejected: dict[int, str] = {}
     for step in run.newest_first():
-        try:
-            restored = read(run.step_path(step))
-        except _NOT_DAMAGE:
-            raise
-        except Exception as error:  # another library's damage comes in every class
-            if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
+        path = run.step_path(step)
+        with contextlib.closing(Watch(path)) as watch:
+            if step != next((other for other in run.newest_first() if other not in rejected), None):
+                raise _ListAnewError  # so it may be another one that is watched, and not the newest when it came
+            try:
+                restored = read(path)
+            except _NOT_DAMAGE:
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            _log.error("step %d of %s is rejected: %s", step, run.path, reason)
-            events.record_event(events.READ_REJECTED, step=step)
-            rejected[step] = reason
-            continue
+            except Exception as error:  # another library's damage comes in every class
+                if not watch.is_in_place():
+                    raise _ListAnewError from error
+                if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+                _log.error("step %d of %s is rejected: %s", step, run.path, reason)
+                events.record_event(events.READ_REJECTED, step=step)
+                rejected[step] = reason
+                continue
+            if not watch.is_gone() and not watch.is_in_place():
+                raise _ListAnewError  # what was read took the place of the newest, and newer ones may not have gone yet
         run.reject(rejected)
         if rejected:
             _log.warning("step %d of %s is restored instead of %s", step, run.path, sorted(rejected))
@@ -97,9 +123,14 @@ def restore_checkpoint(
 
     No object is touched: what sets their states does so when nothing can fail any more.
     """
-    checkpoint = _Checkpoint(path)
-    objects = objects or {}
     asked = None if items is None else _as_names(items)
+    return read_unchanged(path, lambda: _restore(path, like, asked, cast, objects or {}))
+
+
+def _restore(
+    path: str, like: Any, asked: list[str] | None, cast: bool, objects: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    checkpoint = _Checkpoint(path)
     if checkpoint.is_single_tree:
         if asked is not None or objects:
             wanted = [*(asked or ()), *objects]
@@ -218,6 +249,10 @@ def _is_tree_handler(recorded: str) -> bool:
 
 def read_metadata(path: str) -> StepMetadata:
     """The metadata of a checkpoint, with shapes and dtypes of its pytree items."""
-    single = StandardCheckpointHandler.recognizes(path)
-    handler = StandardCheckpointHandler() if single else CompositeCheckpointHandler()
-    return describe_checkpoint(handler, epath.Path(path))
+
+    def describe() -> StepMetadata:
+        single = StandardCheckpointHandler.recognizes(path)
+        handler = StandardCheckpointHandler() if single else CompositeCheckpointHandler()
+        return describe_checkpoint(handler, epath.Path(path))
+
+    return read_unchanged(path, describe)

@@ -278,8 +278,11 @@ def is_committed(path: Any) -> bool:
     names = (METADATA_FILE, FILE, TREE_METADATA_FILE)
     if any(os.path.exists(os.path.join(directory, name)) for name in names):
         return True
-    with os.scandir(directory) as entries:
-        return any(os.path.exists(os.path.join(entry.path, TREE_METADATA_FILE)) for entry in entries)
+    try:
+        entries = os.listdir(directory)
+    except FileNotFoundError:
+        return False  # removed since the first look at it
+    return any(os.path.exists(os.path.join(directory, name, TREE_METADATA_FILE)) for name in entries)
 
 
 def _is_incomplete(directory: str) -> bool:
