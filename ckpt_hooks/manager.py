@@ -27,7 +27,8 @@ from ckpt_hooks.handlers.pytree import ArrayOptions, StandardCheckpointHandler, 
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
 from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.processes import MultiprocessingOptions
-from ckpt_hooks.restoring import read_metadata, read_newest, restore_checkpoint
+from ckpt_hooks.reading import read_unchanged
+from ckpt_hooks.restoring import find_problems, read_metadata, read_newest, restore_checkpoint
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage import commit
 from ckpt_hooks.temporary_paths import FileOptions
@@ -319,8 +320,12 @@ class CheckpointManager:
         """The step metadata of a checkpoint. Raises CheckpointNotFoundError where there is none."""
         self._raise_failure()
         path = self._run.require(check_step(step))
-        self._run.metadata(step)  # verifies it
-        return read_metadata(path)
+
+        def verified() -> StepMetadata:
+            self._run.metadata(step)
+            return read_metadata(path)
+
+        return read_unchanged(path, verified)
 
     def verify(self, step: int) -> list[str]:
         """Reads every byte of a checkpoint and says what is not as it was saved; [] where all is well.
@@ -329,13 +334,7 @@ class CheckpointManager:
         """
         self._raise_failure()
         path = self._run.require(check_step(step))
-        problems = self._run.problems(step)
-        if not problems:
-            try:
-                restore_checkpoint(path)
-            except Exception as error:  # another library's damage comes in every class
-                problems.append(f"{path}: {type(error).__name__}: {error}")
-        return problems
+        return read_unchanged(path, lambda: find_problems(self._run, step), is_doubtful=bool)
 
     # -------------------------------------------------------------- changing
 

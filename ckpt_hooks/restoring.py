@@ -14,7 +14,6 @@ from etils import epath
 
 from ckpt_hooks import events, train_state
 from ckpt_hooks.errors import (
-    CheckpointError,
     CheckpointNotFoundError,
     HandlerNotFoundError,
     InvalidArgumentError,
@@ -31,11 +30,11 @@ from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
 from ckpt_hooks.reading import Watch, describe_checkpoint, read_checkpoint, read_unchanged
-from ckpt_hooks.run import METRICS_ITEM, RunDirectory
+from ckpt_hooks.run import METRICS_ITEM, OvertakenError, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_temporary
 
-__all__ = ["read_metadata", "read_newest", "restore_checkpoint"]
+__all__ = ["find_problems", "read_metadata", "read_newest", "restore_checkpoint"]
 
 _T = TypeVar("_T")
 
@@ -53,25 +52,13 @@ _NOT_DAMAGE = (
     MemoryError,
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
-_MAX_LISTINGS = 100
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
 
 
 def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
     """(step, what `read` makes of its path) of the newest checkpoint that verifies; each rejected one is logged."""
-    for _ in range(_MAX_LISTINGS):
-        try:
-            return _read_newest_listed(run, read)
-        except _ListAnewError:
-            continue
-    raise CheckpointError(
-        f"{run.path}: {_MAX_LISTINGS} times, a checkpoint was removed while it was read; keep more of them (`keep=`)"
-    )
-
-
-class _ListAnewError(Exception):
-    """A step that was listed is gone, for a writer has newer ones: what was listed with it is out of date too."""
+    return run.anew_if_overtaken(lambda: _read_newest_listed(run, read))
 
 
 def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
@@ -80,14 +67,14 @@ def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[i
         path = run.step_path(step)
         with contextlib.closing(Watch(path)) as watch:
             if step != next((other for other in run.newest_first() if other not in rejected), None):
-                raise _ListAnewError  # so it may be another one that is watched, and not the newest when it came
+                raise OvertakenError  # so it may be another one that is watched, and not the newest when it came
             try:
                 restored = read(path)
             except _NOT_DAMAGE:
                 raise
             except Exception as error:  # another library's damage comes in every class
                 if not watch.is_in_place():
-                    raise _ListAnewError from error
+                    raise OvertakenError from error
                 if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
                     raise
                 reason = f"{type(error).__name__}: {error}"
@@ -96,7 +83,7 @@ def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[i
                 rejected[step] = reason
                 continue
             if not watch.is_gone() and not watch.is_in_place():
-                raise _ListAnewError  # what was read took the place of the newest, and newer ones may not have gone yet
+                raise OvertakenError  # what was read took the place of the newest, and newer ones may not have gone yet
         run.reject(rejected)
         if rejected:
             _log.warning("step %d of %s is restored instead of %s", step, run.path, sorted(rejected))
@@ -109,6 +96,18 @@ def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[i
             "afresh all the same, choose another directory."
         )
     raise CheckpointNotFoundError(f"{run.path} has no checkpoint")
+
+
+def find_problems(run: RunDirectory, step: int) -> list[str]:
+    """What of a step is not as it was saved; of another library's, which has no checksums, what cannot be read."""
+    path = run.require(step)
+    problems = run.problems(step)
+    if not problems:
+        try:
+            restore_checkpoint(path)
+        except Exception as error:  # another library's damage comes in every class
+            problems.append(f"{path}: {type(error).__name__}: {error}")
+    return problems
 
 
 def restore_checkpoint(

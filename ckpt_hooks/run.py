@@ -11,10 +11,11 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ckpt_hooks.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
@@ -25,16 +26,24 @@ from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
 from ckpt_hooks.listing import Listing
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_json_numbers, to_orbax_metrics
+from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
 from ckpt_hooks.temporary_paths import absolute_path, is_committed
 
-__all__ = ["METRICS_ITEM", "RunDirectory"]
+__all__ = ["METRICS_ITEM", "OvertakenError", "RunDirectory"]
 
 METRICS_ITEM = "metrics"
 _METRICS_FILE = f"{METRICS_ITEM}/{METRICS_ITEM}"  # where Orbax's CheckpointManager keeps its metrics
 
+_MAX_LISTINGS = 100
+_T = TypeVar("_T")
+
 _log = logging.getLogger(__name__)
+
+
+class OvertakenError(Exception):
+    """A step that was listed is gone, for a writer has newer ones: what was listed with it is out of date too."""
 
 
 class RunDirectory:
@@ -47,6 +56,7 @@ class RunDirectory:
                 f"{self.path} is a file; a run is a directory of checkpoints. Choose another path."
             )
         self.rejected: dict[int, str] = {}  # steps that did not verify, with the reason
+        self._rejected_inodes: dict[int, tuple[int, ...]] = {}
         # While the run is locked nobody else adds steps, so a save need not list the directory. Only so many are
         # verified as somebody has to know: `known` are the newest checkpoints, oldest first, empty only where there
         # is none; `older` are the steps below them that nobody has looked at, oldest first.
@@ -65,21 +75,41 @@ class RunDirectory:
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first, without those that did not verify."""
-        return [step for step in reversed(self._listing.names().steps) if self.is_checkpoint(step)]
+        return self.anew_if_overtaken(lambda: list(self.newest_first()))[::-1]
 
     def newest_first(self) -> Iterator[int]:
-        """`steps`, newest first; looks at each one's directory when it is its turn."""
-        return filter(self.is_checkpoint, self._listing.names().steps)
+        """`steps`, newest first; looks at each one's directory when it is its turn.
+
+        Raises OvertakenError where it finds one gone; `anew_if_overtaken` is for that.
+        """
+        for step in self._listing.names().steps:
+            if self.is_checkpoint(step):
+                yield step
+            elif step not in self.rejected and not os.path.lexists(self.step_path(step)):
+                raise OvertakenError
+
+    def anew_if_overtaken(self, look: Callable[[], _T]) -> _T:
+        """What `look` finds in a listing none of whose steps a writer has removed in the meantime."""
+        for _ in range(_MAX_LISTINGS):
+            try:
+                return look()
+            except OvertakenError:
+                continue
+        raise CheckpointError(
+            f"{self.path}: {_MAX_LISTINGS} times, a step was removed while it was read; keep more of them (`keep=`)"
+        )
 
     def latest_step(self) -> int | None:
         """The newest of `steps`; looks at no more directories than it has to."""
-        return next(self.newest_first(), None)
+        return self.anew_if_overtaken(lambda: next(self.newest_first(), None))
 
     def is_checkpoint(self, step: int) -> bool:
         """Whether the step is committed and has not been rejected."""
-        if step in self.rejected:
-            return False
         path = self.step_path(step)
+        if step in self.rejected:
+            if self._rejected_inodes.get(step) == _inode(path):
+                return False
+            del self.rejected[step]  # somebody has put another one there
         committed = is_committed(path)
         if not committed and path not in self._warned and os.path.lexists(path):
             self._warned.add(path)
@@ -92,20 +122,20 @@ class RunDirectory:
         if not os.path.isdir(path):
             raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}; there are {self.steps()}")
         if not is_committed(path):
+            if not os.path.lexists(path):  # a writer has removed it in between
+                raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}")
             raise IncompleteCheckpointError(f"step {step} of {self.path} was never committed; there are {self.steps()}")
         return path
 
     def metadata(self, step: int) -> StepMetadata:
         """The verified metadata of a step."""
         path = self.require(step)
-        checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
-        if checksums is not None:
-            checksums.check(path, below="")
-        return read_step_metadata(path) or StepMetadata()
+        return read_unchanged(path, lambda: _verified_metadata(path))
 
     def metrics(self, step: int) -> Mapping[str, Any]:
         """What was recorded at a step, by us or by Orbax; nothing where it cannot be read."""
-        if step not in self.recorded:
+        # Whoever holds the lock is the only one who records, and a reader never knows.
+        if step not in self.recorded or not self.is_locked:
             try:
                 metadata = self.metadata(step)
                 recorded = dict(metadata.metrics or metadata.custom_metadata.get("metrics") or {})
@@ -185,12 +215,15 @@ class RunDirectory:
     def reject(self, reasons: Mapping[int, str]) -> None:
         """These steps do not verify: they are no checkpoints from now on, and `make_way` moves them aside."""
         self.rejected.update(reasons)
+        self._rejected_inodes.update({step: _inode(self.step_path(step)) for step in reasons})
         if self.is_locked:
             self.take_stock()
 
     def roll_back(self, step: int) -> None:
         """Sets the checkpoints above `step` aside as ``<step>.rolled_back``."""
-        newer = list(itertools.takewhile(lambda other: other > step, self.newest_first()))
+        newer = self.anew_if_overtaken(
+            lambda: list(itertools.takewhile(lambda other: other > step, self.newest_first()))
+        )
         try:
             for other in reversed(newer):  # until the last one has gone, the newest is what it was
                 self._set_aside(other, "rolled_back")
@@ -253,6 +286,22 @@ class RunDirectory:
             commit.replace_file(os.path.join(path, name), data)
         if checksums is not None:
             commit.replace_file(os.path.join(path, FILE), checksums.replacing(changed).encode())
+
+
+def _inode(path: str) -> tuple[int, ...]:
+    """What tells a directory from another one that has taken its place; () where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _verified_metadata(path: str) -> StepMetadata:
+    checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+    if checksums is not None:
+        checksums.check(path, below="")
+    return read_step_metadata(path) or StepMetadata()
 
 
 def _finite_or_named(content: Mapping[str, Any]) -> dict[str, Any]:
