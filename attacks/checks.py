@@ -11,7 +11,7 @@ from attacks.libraries import Library, Run
 from attacks.operations import Expected, Operation, step_of_state
 from attacks.states import differences, state_of, step_of
 
-__all__ = ["CLASSES", "Problem", "go_on", "look", "look_again"]
+__all__ = ["CLASSES", "Problem", "go_on", "left_over", "look", "look_again"]
 
 Problem = tuple[str, str]  # (one of CLASSES, what is wrong)
 
@@ -19,6 +19,7 @@ CLASSES = {
     "lost": "a checkpoint that was acknowledged is not there, or does not restore",
     "wrong": "a restore gave values that were not saved, or of another step",
     "refused": "a restore of the newest checkpoint gave none, or one older than the last that was acknowledged",
+    "afresh": "a restore said that there is no checkpoint, so that a program would begin anew",
     "stuck": "the next save failed",
     "left over": "after the next save, something lies there that is no checkpoint",
     "silent": "a save whose bytes or names could not be written was acknowledged",
@@ -127,8 +128,8 @@ def left_over(library: Library, directory: str, steps: list[int], expected: Expe
 
 def _look_aside(library: Library, directory: str, name: str, step: int, kind: str) -> Iterator[Problem]:
     """What was set aside is whole: renamed back, it restores."""
-    other = f"{directory}.aside"
-    os.mkdir(other)
+    other = os.path.join(f"{directory}.aside", name)
+    os.makedirs(other)
     os.rename(os.path.join(directory, name), os.path.join(other, str(step)))
     run = library.open(other)
     yield from _look_at(run, step, Expected({step: {step}}, {step}, {step}, frozenset(), None, step + 1), kind)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from attacks.libraries import Library, Run
-from attacks.states import state_of, step_of
+from attacks.states import differences, state_of
 
 __all__ = ["OPERATIONS", "Expected", "Operation", "flip_a_bit", "step_of_state"]
 
@@ -29,7 +29,8 @@ class Operation:
     """Something that a program does with a run.
 
     Attributes:
-      act: does it; tells ``acknowledged=<state>`` as soon as a state counts as saved.
+      act: does it; tells ``acknowledged=<state>`` as soon as a state counts as saved, and what it restored as
+        ``restored=<step>`` and ``wrong=<its differences>``.
       before: the states that are saved first.
       attempts: the states that it saves.
       may_go: steps that it removes or sets aside.
@@ -112,8 +113,20 @@ class Expected:
         if operation.set_aside and acknowledged:
             newest = required & {max(required)}
             states = {step: numbers for step, numbers in states.items() if step not in operation.set_aside}
-        next_step = max(step_of_state(number) for number in (*operation.before, *operation.attempts)) + 1
+        next_step = 1 + max(step_of_state(number) for number in (*operation.before, *operation.attempts))
         return cls(states, required, newest, operation.set_aside, operation.damaged, next_step)
+
+    def and_next(self) -> Expected:
+        """The same after `next_step` has been saved."""
+        step = self.next_step
+        return dataclasses.replace(
+            self,
+            states={**self.states, step: {step}},
+            required=self.required | {step},
+            newest={step},
+            damaged=None,
+            next_step=step + 1,
+        )
 
 
 def flip_a_bit(checkpoint: str) -> None:
@@ -149,9 +162,8 @@ def _save_twice(run: Run, kind: str, tell: Tell) -> None:
 
 
 def _restore(run: Run, kind: str, tell: Tell) -> None:
-    del kind
     step, state = run.restore()
-    tell(restored=[step, step_of(state)])
+    tell(restored=step, wrong=differences(state, step, kind))
 
 
 def _fall_back_and_save(run: Run, kind: str, tell: Tell) -> None:

@@ -16,7 +16,7 @@ __all__ = ["empty_directory", "parser_of"]
 
 
 def parser_of(
-    description: str | None, operations: Sequence[str], *, kinds: Sequence[str] = KINDS
+    description: str | None, operations: Sequence[str], *, orbax_every: int, kinds: Sequence[str] = KINDS
 ) -> argparse.ArgumentParser:
     """For an attack; `operations` are those that it knows, `kinds` the states that it takes by default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,7 +25,11 @@ def parser_of(
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="default: all")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="strike at every N-th call only")
     parser.add_argument(
-        "--orbax-every", type=int, default=1, metavar="N", help="of what is left, every N-th for Orbax, which is slow"
+        "--orbax-every",
+        type=int,
+        default=orbax_every,
+        metavar="N",
+        help="of these, every N-th for Orbax, which is slow (default: %(default)s)",
     )
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="where the runs are, and are removed")
     parser.add_argument("--json", metavar="FILE", help="append the results, one line a run")

@@ -1,4 +1,4 @@
-"""Strikes and failures, counted by operation and library, as a table and as JSON."""
+"""Strikes and failures, counted by row and library, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -46,40 +46,40 @@ class Report:
         self._start_secs = time.monotonic()
         print(f"{attack}: {', '.join(f'{name} {value}' for name, value in _facts().items())}", flush=True)
 
-    def add(self, library: str, operation: str, what: str, problems: Sequence[Problem]) -> None:
+    def add(self, library: str, row_name: str, what: str, problems: Sequence[Problem]) -> None:
         """One strike, and what is wrong after it."""
-        row = self._rows[operation, library]
+        row = self._rows[row_name, library]
         row.strikes += 1
         if not problems:
             return
         row.failed += 1
         row.classes.update({name for name, _ in problems})
         self._failures.append(
-            {"library": library, "operation": operation, "strike": what, "problems": [list(p) for p in problems]}
+            {"library": library, "row_name": row_name, "strike": what, "problems": [list(p) for p in problems]}
         )
         self._shown[library] += 1
         if self._shown[library] <= self._show:
-            print(f"\n{library}, {operation}: {what}", flush=True)
+            print(f"\n{library}, {row_name}: {what}", flush=True)
             for name, text in problems:
                 print(f"    {name}: {text}", flush=True)
 
     def table(self) -> str:
-        """Operations by libraries: how many strikes, after how many of them something was wrong, and what."""
+        """Rows by libraries: how many strikes, after how many of them something was wrong, and what."""
         libraries = list(dict.fromkeys(library for _, library in self._rows))
         rows = []
-        for operation in [*dict.fromkeys(operation for operation, _ in self._rows), "all"]:
-            cells = [operation]
+        for row_name in [*dict.fromkeys(row_name for row_name, _ in self._rows), "all"]:
+            cells = [row_name]
             for library in libraries:
-                cells += _cells(self._row(operation, library))
+                cells += _cells(self._row(row_name, library))
             rows.append(cells)
         head = [self._attack]
         for library in libraries:
             head += [f"{library}: {self._strikes}", "failures", "of which"]
         return text_table(head, rows)
 
-    def _row(self, operation: str, library: str) -> _Row:
-        if operation != "all":
-            return self._rows.get((operation, library), _Row())
+    def _row(self, row_name: str, library: str) -> _Row:
+        if row_name != "all":
+            return self._rows.get((row_name, library), _Row())
         total = _Row()
         for (_, name), row in self._rows.items():
             if name == library:
@@ -87,6 +87,9 @@ class Report:
                 total.failed += row.failed
                 total.classes += row.classes
         return total
+
+    def strikes_of(self, library: str) -> int:
+        return self._row("all", library).strikes
 
     def failures_of(self, library: str) -> int:
         return self._row("all", library).failed
@@ -107,8 +110,8 @@ class Report:
                 "machine": _facts(),
                 "seconds": round(elapsed_secs),
                 "rows": [
-                    {"operation": operation, "library": library, **dataclasses.asdict(row)}
-                    for (operation, library), row in self._rows.items()
+                    {"row_name": row_name, "library": library, **dataclasses.asdict(row)}
+                    for (row_name, library), row in self._rows.items()
                 ],
                 "failures": self._failures,
             }
@@ -145,7 +148,11 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _facts() -> dict[str, str]:
-    facts = {"cores": str(len(os.sched_getaffinity(0))), "linux": platform.release(), "python": platform.python_version()}
+    facts = {
+        "cores": str(len(os.sched_getaffinity(0))),
+        "linux": platform.release(),
+        "python": platform.python_version(),
+    }
     for package in _PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
