@@ -92,23 +92,24 @@ def write_file(path: str, data: bytes | str) -> None:
             view = view[file.write(view) :]  # an unbuffered write may be short
 
 
-def replace_file(path: str, data: bytes | str, *, durable: bool = True) -> None:
+def replace_file(path: str, data: bytes | str, *, durable: bool = True, scratch: str | None = None) -> None:
     """Replaces a file's content: a reader sees the old one or the new one.
 
-    If `durable`, so it is after a power cut, and the new one stays; otherwise `sync_tree` has to follow.
+    If `durable`, so it is after a power cut, and the new one stays; otherwise `sync_tree` has to follow. The new
+    content is first in a temporary file beside the old one, or beside `scratch`.
     """
-    temporary = f"{path}{TMP_SUFFIX}"
+    temporary = f"{scratch or path}{TMP_SUFFIX}"
     try:
         write_file(temporary, data)
         if durable:
             sync_file(temporary)
         os.rename(temporary, path)
+        if durable:
+            sync_directory(os.path.dirname(path))
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            remove_tree(temporary)
         raise explain_os_error(error, f"cannot write {path}") from error
-    if durable:
-        sync_directory(os.path.dirname(path))
 
 
 def require_free_bytes(directory: str, needed_bytes: int) -> None:
@@ -183,6 +184,9 @@ def sync_file(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.close(descriptor)
 
@@ -217,6 +221,8 @@ def publish(temporary: str, final: str, *, replace: bool = False) -> None:
         undo.pop_all()  # from here on the new one is the checkpoint
     if old is not None:
         remove_replaced(old)
+    if _unremoved:
+        _remove_again()
 
 
 def remove_replaced(old: str) -> None:
@@ -250,15 +256,39 @@ def _exchange(one: str, other: str) -> bool:
 
 def remove_tree(path: str) -> None:
     """Removes a checkpoint or a temporary directory; no reader ever sees a half-removed checkpoint."""
+    doomed = None
     if TMP_SUFFIX not in os.path.basename(path):
         doomed = _unused(f"{path}{_REMOVED}", TMP_SUFFIX)
         os.rename(path, doomed)
-        sync_directory(os.path.dirname(path))
         path = doomed
-    if stat.S_ISDIR(os.lstat(path).st_mode):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
+    try:
+        if path is doomed:
+            sync_directory(os.path.dirname(path))
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    except OSError:
+        _unremoved.add(path)
+        raise
+
+
+_unremoved: set[str] = set()  # of what this process wanted to remove; tried again after every commit
+
+
+def _remove_again() -> None:
+    """A disk that failed may work again: what it kept must not fill it until the program ends."""
+    for path in list(_unremoved):
+        _unremoved.discard(path)
+        try:
+            # The name may be in use again: a temporary directory belongs to whoever holds its lock.
+            if not stat.S_ISDIR(os.lstat(path).st_mode) or _is_dead(path):
+                remove_tree(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            _unremoved.add(path)
+            _log.warning("still cannot remove %s: %s", path, error)
 
 
 def move_aside(path: str, label: str) -> str:
