@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,8 +26,6 @@ CLASSES = {
     "unclear": "an error that does not say which checkpoint and why, or is not of the library's own",
     "hung": "the operation or what came after it did not end, or crashed",
 }
-
-_STEP = re.compile(r"\d+")
 
 
 def look(run: Run, expected: Expected, operation: Operation, kind: str) -> Iterator[Problem]:
@@ -63,7 +61,7 @@ def _look_at(run: Run, step: int, expected: Expected, kind: str) -> Iterator[Pro
 
 def _wrong(step: int, state: Any, expected: Expected, kind: str) -> Iterator[Problem]:
     claimed = step_of(state)
-    if claimed not in expected.states.get(step, ()):
+    if claimed is None or claimed not in expected.states.get(step, ()):
         yield "wrong", f"step {step} has state {claimed}, not one of {expected.states.get(step)}"
     else:
         for difference in differences(state, claimed, kind):
@@ -112,28 +110,31 @@ def look_again(library: Library, directory: str, expected: Expected, operation: 
 
 def left_over(library: Library, directory: str, steps: list[int], expected: Expected, kind: str) -> Iterator[Problem]:
     """Only checkpoints may be there, and what was set aside on purpose, which must be whole."""
-    asides = {f"{step}.rolled_back": step for step in expected.aside}
+    asides = {f"{step}.{label}": step for step in expected.aside for label in ("rolled_back", "damaged")}
     allowed = {*map(str, steps), *asides, f"{expected.damaged}.damaged"}
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
             place = os.path.relpath(os.path.join(folder, name), directory)
             if (folder == directory and name not in allowed) or "tmp" in name:
                 yield "left over", place
-    for name, step in asides.items():
-        if step not in steps and not os.path.isdir(os.path.join(directory, name)):
-            yield "lost", f"step {step} is neither there nor set aside"
-        elif os.path.isdir(os.path.join(directory, name)):
-            yield from _look_aside(library, directory, name, step, kind)
+    present = {step: name for name, step in asides.items() if os.path.isdir(os.path.join(directory, name))}
+    for step in sorted(expected.saved & expected.aside - set(steps) - present.keys()):
+        yield "lost", f"step {step} is neither there nor set aside"
+    for step, name in present.items():
+        yield from _look_aside(library, directory, name, step, expected, kind)
 
 
-def _look_aside(library: Library, directory: str, name: str, step: int, kind: str) -> Iterator[Problem]:
+def _look_aside(
+    library: Library, directory: str, name: str, step: int, expected: Expected, kind: str
+) -> Iterator[Problem]:
     """What was set aside is whole: renamed back, it restores."""
-    other = os.path.join(f"{directory}.aside", name)
-    os.makedirs(other)
-    os.rename(os.path.join(directory, name), os.path.join(other, str(step)))
-    run = library.open(other)
-    yield from _look_at(run, step, Expected({step: {step}}, {step}, {step}, frozenset(), None, step + 1), kind)
+    there, back = os.path.join(directory, name), os.path.join(f"{directory}.aside", str(step))
+    os.makedirs(f"{directory}.aside", exist_ok=True)
+    os.rename(there, back)
+    run = library.open(os.path.dirname(back))
+    yield from _look_at(run, step, dataclasses.replace(expected, states={step: {step}}), kind)
     run.close()
+    os.rename(back, there)
 
 
 def _text(error: BaseException) -> str:

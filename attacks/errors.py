@@ -20,11 +20,12 @@ import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from attacks import shim
 from attacks.checks import Problem, go_on, left_over, look
 from attacks.forks import Tell
-from attacks.operations import OPERATIONS
+from attacks.operations import OPERATIONS, Expected
 from attacks.options import empty_directory, parser_of
 from attacks.report import Report
 from attacks.scenes import Scene, scenes
@@ -96,7 +97,7 @@ def _strike(scene: Scene, strike: Strike) -> tuple[bool, list[str], list[Problem
     problems = [(name, text) for name, text in outcome.last("problems", ())]
     if outcome.problem or outcome.killed:
         return True, struck, [*problems, ("hung", outcome.problem or "it was killed")]
-    expected = scene.operation.expected(outcome.all("acknowledged")).and_next()
+    expected = _expected(scene, strike, outcome.all("acknowledged")).and_next()
     if not problems:
         problems = [(name, f"in the next process, {text}") for name, text in scene.look_again(expected)]
     return bool(struck), struck, problems
@@ -118,8 +119,8 @@ def _act_and_go_on(scene: Scene, strike: Strike, tell: Tell) -> None:
         except BaseException as error:
             failure = error
     tell(struck=seen.struck)
-    acknowledged = [facts["acknowledged"] for facts in told if "acknowledged" in facts]
-    expected = scene.operation.expected(acknowledged)  # type: ignore[arg-type]
+    acknowledged: Any = [facts["acknowledged"] for facts in told if "acknowledged" in facts]
+    expected = _expected(scene, strike, acknowledged)
     problems = [("wrong", text) for facts in told for text in facts.get("wrong", ())]  # type: ignore[attr-defined]
     problems += _judge(scene, strike, seen.struck, failure, is_done=bool(acknowledged))
     problems += look(run, expected, scene.operation, scene.kind)
@@ -128,6 +129,11 @@ def _act_and_go_on(scene: Scene, strike: Strike, tell: Tell) -> None:
     run.close()
     problems += left_over(scene.library, scene.run, steps, expected, scene.kind)
     tell(problems=problems)
+
+
+def _expected(scene: Scene, strike: Strike, acknowledged: list[int]) -> Expected:
+    expected = scene.operation.expected(acknowledged)
+    return expected.after_reading_errors() if strike.scope == shim.READS and scene.operation.restores else expected
 
 
 def _judge(
@@ -147,12 +153,14 @@ def _unclear(scene: Scene, strike: Strike, failure: BaseException) -> Iterator[P
     from ckpt_hooks.errors import CheckpointError, CheckpointNotFoundError
 
     text = f"{type(failure).__name__}: {failure}"
-    if isinstance(failure, CheckpointNotFoundError):
+    if isinstance(failure, CheckpointNotFoundError) and scene.operation.reads_only:
         yield "afresh", text
-    elif not isinstance(failure, CheckpointError):
-        yield "unclear", f"not an error of the library: {text}"
     elif scene.run not in text:
         yield "unclear", f"does not name the checkpoint: {text}"
+    elif strike.scope == shim.READS:
+        return  # what a failed look-up leads to may be told in other words
+    elif not isinstance(failure, CheckpointError):
+        yield "unclear", f"not an error of the library: {text}"
     elif strike.error and os.strerror(strike.error) not in text:
         yield "unclear", f"does not name the cause: {text}"
 

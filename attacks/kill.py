@@ -6,8 +6,9 @@
 A process is forked, opens a run with a few checkpoints, and begins an operation. At the n-th call that creates, writes,
 syncs, renames or removes something in the run, counted over all threads, it is killed: before the call, or when half of
 a write has gone out. n goes from 1 until the operation ends. What the process had acknowledged is known through a pipe.
-Another process then opens the run and restores every checkpoint, bit by bit, and the newest; saves the next one; and
-looks for anything left over. In further rounds every call waits for a random moment, so that threads overtake each other.
+Another process then opens the run, restores every checkpoint and the newest, bit by bit, saves the next one, and looks
+for anything left over. In further rounds every call waits for a random moment first, so that threads overtake each
+other.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ class Operation:
       keep, async_save: how the run is opened.
       with_metrics: whether saves carry a metric.
       needs: what a library must have for it.
+      restores: whether it restores the newest checkpoint.
       reads_only: whether it saves nothing.
     """
 
@@ -52,6 +53,7 @@ class Operation:
     async_save: bool = True
     with_metrics: bool = False
     needs: str = ""
+    restores: bool = False
     reads_only: bool = False
 
     def open(self, library: Library, directory: str) -> Run:
@@ -85,9 +87,11 @@ class Expected:
       states: {step: the states that it may hold}; a step that is not in here must not be there.
       required: steps that must be there.
       newest: steps that a restore without a step may give.
-      aside: steps that must be there or be set aside, whole.
+      aside: steps that must be there or be set aside, whole, if they were saved.
       damaged: a step that does not verify.
       next_step: one to save next.
+      keeps_all: whether nothing is removed by retention.
+      saved: steps that were saved for sure.
     """
 
     states: dict[int, set[int]]
@@ -96,6 +100,8 @@ class Expected:
     aside: frozenset[int]
     damaged: int | None
     next_step: int
+    keeps_all: bool
+    saved: set[int]
 
     @classmethod
     def after(cls, operation: Operation, acknowledged: set[int]) -> Expected:
@@ -114,7 +120,13 @@ class Expected:
             newest = required & {max(required)}
             states = {step: numbers for step, numbers in states.items() if step not in operation.set_aside}
         next_step = 1 + max(step_of_state(number) for number in (*operation.before, *operation.attempts))
-        return cls(states, required, newest, operation.set_aside, operation.damaged, next_step)
+        keeps_all = operation.keep is None
+        return cls(states, required, newest, operation.set_aside, operation.damaged, next_step, keeps_all, saved)
+
+    def after_reading_errors(self) -> Expected:
+        """The same where a checkpoint that could not be read may have been taken for damaged, and set aside whole."""
+        steps = frozenset(self.states) - {self.damaged}
+        return dataclasses.replace(self, required=set(), newest=set(steps), aside=self.aside | steps)
 
     def and_next(self) -> Expected:
         """The same after `next_step` has been saved."""
@@ -122,9 +134,8 @@ class Expected:
         return dataclasses.replace(
             self,
             states={**self.states, step: {step}},
-            required=self.required | {step},
+            required=(self.required if self.keeps_all else set()) | {step},
             newest={step},
-            damaged=None,
             next_step=step + 1,
         )
 
@@ -202,7 +213,9 @@ OPERATIONS: dict[str, Operation] = {
         set_aside=frozenset({3}),
         needs="force",
     ),
-    "fallback": Operation(_fall_back_and_save, before=(1, 2, 3), attempts=(4,), damaged=3, needs="fallback"),
+    "fallback": Operation(
+        _fall_back_and_save, before=(1, 2, 3), attempts=(4,), damaged=3, restores=True, needs="fallback"
+    ),
     "record_metrics": Operation(
         _record_metrics,
         keep=_newest_and_best,
@@ -217,5 +230,5 @@ OPERATIONS: dict[str, Operation] = {
         set_aside=frozenset({2, 3}),
         needs="rollback",
     ),
-    "restore": Operation(_restore, reads_only=True),
+    "restore": Operation(_restore, restores=True, reads_only=True),
 }

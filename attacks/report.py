@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 import time
@@ -19,10 +18,11 @@ from attacks.checks import CLASSES, Problem
 __all__ = ["Report", "text_table"]
 
 _PACKAGES = ("ckpt_hooks", "orbax-checkpoint", "jax", "numpy")
+_ALL = "all"
 
 
 @dataclasses.dataclass
-class _Row:
+class _Count:
     strikes: int = 0
     failed: int = 0
     classes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -40,65 +40,63 @@ class Report:
 
     def __init__(self, attack: str, strikes: str, *, show: int, json_path: str | None) -> None:
         self._attack, self._strikes, self._show, self._json_path = attack, strikes, show, json_path
-        self._rows: dict[tuple[str, str], _Row] = collections.defaultdict(_Row)
+        self._counts: dict[tuple[str, str], _Count] = collections.defaultdict(_Count)
         self._shown: collections.Counter[str] = collections.Counter()
         self._failures: list[dict[str, Any]] = []
         self._start_secs = time.monotonic()
         print(f"{attack}: {', '.join(f'{name} {value}' for name, value in _facts().items())}", flush=True)
 
-    def add(self, library: str, row_name: str, what: str, problems: Sequence[Problem]) -> None:
+    def add(self, library: str, row: str, what: str, problems: Sequence[Problem]) -> None:
         """One strike, and what is wrong after it."""
-        row = self._rows[row_name, library]
-        row.strikes += 1
+        count = self._counts[row, library]
+        count.strikes += 1
         if not problems:
             return
-        row.failed += 1
-        row.classes.update({name for name, _ in problems})
-        self._failures.append(
-            {"library": library, "row_name": row_name, "strike": what, "problems": [list(p) for p in problems]}
-        )
+        count.failed += 1
+        count.classes.update({name for name, _ in problems})
+        self._failures.append({"library": library, "row": row, "strike": what, "problems": [list(p) for p in problems]})
         self._shown[library] += 1
         if self._shown[library] <= self._show:
-            print(f"\n{library}, {row_name}: {what}", flush=True)
+            print(f"\n{library}, {row}: {what}", flush=True)
             for name, text in problems:
                 print(f"    {name}: {text}", flush=True)
 
     def table(self) -> str:
         """Rows by libraries: how many strikes, after how many of them something was wrong, and what."""
-        libraries = list(dict.fromkeys(library for _, library in self._rows))
+        libraries = list(dict.fromkeys(library for _, library in self._counts))
         rows = []
-        for row_name in [*dict.fromkeys(row_name for row_name, _ in self._rows), "all"]:
-            cells = [row_name]
+        for row in [*dict.fromkeys(row for row, _ in self._counts), _ALL]:
+            cells = [row]
             for library in libraries:
-                cells += _cells(self._row(row_name, library))
+                cells += _cells(self._count(row, library))
             rows.append(cells)
         head = [self._attack]
         for library in libraries:
             head += [f"{library}: {self._strikes}", "failures", "of which"]
         return text_table(head, rows)
 
-    def _row(self, row_name: str, library: str) -> _Row:
-        if row_name != "all":
-            return self._rows.get((row_name, library), _Row())
-        total = _Row()
-        for (_, name), row in self._rows.items():
+    def _count(self, row: str, library: str) -> _Count:
+        if row != _ALL:
+            return self._counts.get((row, library), _Count())
+        total = _Count()
+        for (_, name), count in self._counts.items():
             if name == library:
-                total.strikes += row.strikes
-                total.failed += row.failed
-                total.classes += row.classes
+                total.strikes += count.strikes
+                total.failed += count.failed
+                total.classes += count.classes
         return total
 
     def strikes_of(self, library: str) -> int:
-        return self._row("all", library).strikes
+        return self._count(_ALL, library).strikes
 
     def failures_of(self, library: str) -> int:
-        return self._row("all", library).failed
+        return self._count(_ALL, library).failed
 
     def close(self) -> None:
         """Prints the table and what its words mean, and writes the JSON."""
         elapsed_secs = time.monotonic() - self._start_secs
         print(f"\n{self.table()}\n")
-        seen = {name for row in self._rows.values() for name in row.classes}
+        seen = {name for count in self._counts.values() for name in count.classes}
         for name in CLASSES:
             if name in seen:
                 print(f"{name}: {CLASSES[name]}")
@@ -110,8 +108,14 @@ class Report:
                 "machine": _facts(),
                 "seconds": round(elapsed_secs),
                 "rows": [
-                    {"row_name": row_name, "library": library, **dataclasses.asdict(row)}
-                    for (row_name, library), row in self._rows.items()
+                    {
+                        "row": row,
+                        "library": library,
+                        "strikes": count.strikes,
+                        "failed": count.failed,
+                        "classes": dict(count.classes),
+                    }
+                    for (row, library), count in self._counts.items()
                 ],
                 "failures": self._failures,
             }
@@ -120,11 +124,11 @@ class Report:
         sys.stdout.flush()
 
 
-def _cells(row: _Row) -> list[str]:
-    if not row.strikes:
+def _cells(count: _Count) -> list[str]:
+    if not count.strikes:
         return ["-", "-", ""]
-    classes = ", ".join(f"{count} {name}" for name, count in row.classes.most_common())
-    return [f"{row.strikes:,}", f"{row.failed:,}", classes]
+    classes = ", ".join(f"{number} {name}" for name, number in count.classes.most_common())
+    return [f"{count.strikes:,}", f"{count.failed:,}", classes]
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -136,7 +140,9 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     overwrite           20
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    numeric = [all(not cell[:1].isalpha() for cell in column) for column in zip(*rows, strict=True)]
+    numeric = [
+        all(cell.replace(",", "").isdigit() or cell == "-" for cell in column) for column in zip(*rows, strict=True)
+    ]
     lines = []
     for cells in (head, *rows):
         padded = [
@@ -147,12 +153,12 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def _is_number(cell: str) -> bool:
+    return cell == "-" or cell.replace(",", "").isdigit()
+
+
 def _facts() -> dict[str, str]:
-    facts = {
-        "cores": str(len(os.sched_getaffinity(0))),
-        "linux": platform.release(),
-        "python": platform.python_version(),
-    }
+    facts = {"linux": platform.release(), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
