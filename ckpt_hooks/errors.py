@@ -199,5 +199,5 @@ def explain_os_error(error: OSError, doing: str) -> OSError:
     place = f" at {error.filename}" if error.filename else ""
     return StorageError(
         error.errno,
-        f"{doing}: {os.strerror(error.errno)}{place}. What was committed before is untouched; look at the disk.",
+        f"{doing}: {error.strerror or os.strerror(error.errno)}{place}. What was committed before is untouched; look at the disk.",
     )

@@ -194,8 +194,10 @@ def sync_file(path: str) -> None:
 # Makes the names in a directory durable: without it a power cut may undo a rename.
 sync_directory = sync_file
 
-# Renames inside a directory that `sync_tree` will make durable.
-rename = os.rename
+
+def rename(source: str, destination: str) -> None:
+    """Renames inside a directory that `sync_tree` will make durable."""
+    os.rename(source, destination)
 
 
 def publish(temporary: str, final: str, *, replace: bool = False) -> None:
