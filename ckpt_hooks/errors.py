@@ -186,8 +186,8 @@ class Preempted(SystemExit):
 
 def explain_os_error(error: OSError, doing: str) -> OSError:
     """The same failure, saying which path it concerns and what can be done about it."""
-    if isinstance(error, CheckpointError) or error.errno is None:
-        return error
+    if isinstance(error, CheckpointError | FileNotFoundError | FileExistsError) or error.errno is None:
+        return error  # it says what it is about already
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(
             f"{doing}: the disk or quota is full ({error.strerror}). Nothing was committed and the partial "
@@ -196,8 +196,7 @@ def explain_os_error(error: OSError, doing: str) -> OSError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         reason = os.strerror(error.errno)
         return UnwritableDirectoryError(f"{doing}: {reason}. Choose a directory that this process may write.")
-    place = f" at {error.filename}" if error.filename else ""
-    return StorageError(
-        error.errno,
-        f"{doing}: {error.strerror or os.strerror(error.errno)}{place}. What was committed before is untouched; look at the disk.",
-    )
+    reason = error.strerror or os.strerror(error.errno)
+    place = f" at {error.filename}" if error.filename and str(error.filename) not in doing else ""
+    message = f"{doing}: {reason}{place}. What was committed before is untouched; look at the disk."
+    return StorageError(error.errno, message)

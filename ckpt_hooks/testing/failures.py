@@ -83,11 +83,10 @@ def failing_storage(
     ...     os.rename(f"{run}/a", f"{run}/b")
     >>> print(*storage.calls)
     open(a) write(a) rename(a)
-    >>> with failing_storage(run, at=2, error=OSError(errno.ENOSPC, "")):
-    ...     with open(f"{run}/c", "w") as file:
-    ...         _ = file.write("text")
+    >>> with failing_storage(run, at=1, error=OSError(errno.ENOSPC, "")):
+    ...     os.mkdir(f"{run}/c")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    OSError: [Errno 28] No space left on device: 'c'
+    OSError: [Errno 28] No space left on device: '...c'
     """
     if at is not None and at < 1:
         raise ValueError(f"at= is the number of a call, counted from 1; got {at}")
@@ -137,10 +136,11 @@ def for_every_failure(
     True
     """
     runs = 0
+    numbers = itertools.count()
     for error in errors:
         for sticky in (False,) if error == "kill" else (False, True):
             for at in itertools.count(1):
-                place = os.path.join(os.path.realpath(directory), f"failure-{runs}")
+                place = os.path.join(os.path.realpath(directory), f"failure-{next(numbers)}")
                 os.makedirs(place)
                 if before is not None:
                     before(place)
@@ -259,7 +259,8 @@ class _Watch:
                 return
             self.seen.failed.append(call)
         if isinstance(self._error, OSError):
-            raise OSError(self._error.errno, os.strerror(self._error.errno or 0), call.path)
+            path = os.path.join(self._directory, call.path)
+            raise OSError(self._error.errno, os.strerror(self._error.errno or 0), path)
         raise SimulatedKill(f"at call {number}, {call}")
 
 
