@@ -17,6 +17,7 @@ Problem = tuple[str, str]  # (one of CLASSES, what is wrong)
 
 CLASSES = {
     "lost": "a checkpoint that was acknowledged is not there, or does not restore",
+    "torn": "a checkpoint that was being saved or removed is listed, and does not restore",
     "wrong": "a restore gave values that were not saved, or of another step",
     "refused": "a restore of the newest checkpoint gave none, or one older than the last that was acknowledged",
     "afresh": "a restore said that there is no checkpoint, so that a program would begin anew",
@@ -54,7 +55,7 @@ def _look_at(run: Run, step: int, expected: Expected, kind: str) -> Iterator[Pro
     try:
         number, state = run.restore(step)
     except Exception as error:
-        yield "lost", f"restore({step}): {_text(error)}"
+        yield "lost" if step in expected.required | expected.aside else "torn", f"restore({step}): {_text(error)}"
         return
     yield from _wrong(number, state, expected, kind)
 

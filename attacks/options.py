@@ -22,7 +22,9 @@ def parser_of(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", nargs="+", choices=operations, default=operations, help="default: all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=kinds, help=f"default: {' '.join(kinds)}")
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES), help="default: all")
+    parser.add_argument(
+        "--libraries", nargs="+", choices=LIBRARIES, default=["ours", "orbax"], help="default: ours orbax"
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="strike at every N-th call only")
     parser.add_argument(
         "--orbax-every",

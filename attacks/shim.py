@@ -28,8 +28,8 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _VARIABLE = "CKPT_HOOKS_ATTACK_SHIM"  # where the preloaded shim is
 
 
-class ShimUnavailable(RuntimeError):
-    """This machine cannot compile or preload the shim."""
+class ShimUnavailable(SystemExit):
+    """This machine cannot compile or preload the shim; the message says what is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
