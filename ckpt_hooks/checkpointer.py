@@ -47,6 +47,7 @@ from ckpt_hooks.temporary_paths import (
     absolute_path,
     check_destination,
     require_finalized,
+    require_free_bytes,
 )
 
 __all__ = ["AsyncCheckpointer", "Checkpointer"]
@@ -214,7 +215,7 @@ class Checkpointer:
     def _create(self, temporary: TemporaryPath, final: epath.Path, nbytes: int, operation: int) -> None:
         self._barrier("create_tmp_directory:pre", operation)
         if self._is_primary:
-            commit.require_free_bytes(os.fspath(final), nbytes)
+            require_free_bytes(os.fspath(final), nbytes)
             temporary.create()
         self._barrier("create_tmp_directory:post", operation)
         if not self._is_primary:

@@ -22,6 +22,7 @@ what was found and what to do::
         │   └── NoValidCheckpointError                     every candidate of a run was rejected
         ├── UnwritableDirectoryError    OSError            the directory cannot be written
         ├── DiskFullError               OSError            not enough free space
+        ├── StorageError                OSError            the file system failed (EIO, EINTR, ...)
         ├── RunLockedError              BlockingIOError    another live process writes to this run
         ├── BarrierTimeoutError         TimeoutError       a process did not arrive in time
         └── SaveFailedError             RuntimeError       a background save failed; see ``__cause__``
@@ -55,6 +56,7 @@ __all__ = [
     "Preempted",
     "RunLockedError",
     "SaveFailedError",
+    "StorageError",
     "StructureMismatchError",
     "UnsupportedLeafError",
     "UnwritableDirectoryError",
@@ -145,6 +147,13 @@ class DiskFullError(CheckpointError, OSError):
         return str(self.args[1])
 
 
+class StorageError(CheckpointError, OSError):
+    """The file system failed in the midst of an operation; `errno` says how."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 class RunLockedError(CheckpointError, BlockingIOError):
     """Another live process is writing to this run."""
 
@@ -177,6 +186,8 @@ class Preempted(SystemExit):
 
 def explain_os_error(error: OSError, doing: str) -> OSError:
     """The same failure, saying which path it concerns and what can be done about it."""
+    if isinstance(error, CheckpointError | FileNotFoundError | FileExistsError) or error.errno is None:
+        return error  # it says what it is about already
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(
             f"{doing}: the disk or quota is full ({error.strerror}). Nothing was committed and the partial "
@@ -185,4 +196,7 @@ def explain_os_error(error: OSError, doing: str) -> OSError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         reason = os.strerror(error.errno)
         return UnwritableDirectoryError(f"{doing}: {reason}. Choose a directory that this process may write.")
-    return error
+    reason = error.strerror or os.strerror(error.errno)
+    place = f" at {error.filename}" if error.filename and str(error.filename) not in doing else ""
+    message = f"{doing}: {reason}{place}. What was committed before is untouched; look at the disk."
+    return StorageError(error.errno, message)

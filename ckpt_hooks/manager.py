@@ -18,6 +18,7 @@ from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
+    explain_os_error,
 )
 from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
@@ -345,8 +346,11 @@ class CheckpointManager:
         self.wait()
         self._run.require(step)
         self._run.lock()
-        self._run.record_metrics(step, numbers)
-        self._apply_retention()
+        try:
+            self._run.record_metrics(step, numbers)
+            self._apply_retention()
+        except OSError as error:
+            raise explain_os_error(error, f"recording metrics of {self._run.step_path(step)}") from error
 
     def rollback(self, step: int) -> None:
         """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""

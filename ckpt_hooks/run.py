@@ -7,6 +7,7 @@ the directory is left alone.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import json
 import logging
@@ -234,12 +235,13 @@ class RunDirectory:
         # As ``<step>.<label>``, where nobody takes it for a checkpoint and nobody deletes it.
         self.recorded.pop(step, None)
         path = self.step_path(step)
-        if os.path.lexists(path):
-            try:
-                aside = commit.move_aside(path, label)
-            except OSError as error:
-                raise explain_os_error(error, f"cannot set {path} aside") from error
-            _log.warning("step %d was set aside as %s", step, aside)
+        try:
+            aside = commit.move_aside(path, label)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise explain_os_error(error, f"cannot set {path} aside") from error
+        _log.warning("step %d was set aside as %s", step, aside)
 
     def remove(self, step: int) -> None:
         """Removes a step; a reader sees all of it or nothing."""
@@ -276,16 +278,18 @@ class RunDirectory:
     def _replace_files(self, path: str, changed: Mapping[str, bytes]) -> None:
         # The checksums accept old and new while the files change one by one, then only the new ones.
         checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+        # Beside the checkpoint, where the next writer removes what a dead one has left.
+        replace_file = functools.partial(commit.replace_file, scratch=f"{path}.metrics")
         if checksums is not None:
-            commit.replace_file(os.path.join(path, FILE), checksums.accepting(changed).encode())
+            replace_file(os.path.join(path, FILE), checksums.accepting(changed).encode())
         for name, data in changed.items():
             folder = os.path.dirname(os.path.join(path, name))
             if not os.path.isdir(folder):
                 commit.make_directory(folder)
                 commit.sync_directory(path)
-            commit.replace_file(os.path.join(path, name), data)
+            replace_file(os.path.join(path, name), data)
         if checksums is not None:
-            commit.replace_file(os.path.join(path, FILE), checksums.replacing(changed).encode())
+            replace_file(os.path.join(path, FILE), checksums.replacing(changed).encode())
 
 
 def _inode(path: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import errno
 import logging
 import os
 import time
@@ -19,8 +20,10 @@ from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     DestinationExistsError,
+    DiskFullError,
     IncompleteCheckpointError,
     InvalidArgumentError,
+    explain_os_error,
 )
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
@@ -40,10 +43,14 @@ __all__ = [
     "is_committed",
     "is_temporary",
     "require_finalized",
+    "require_free_bytes",
 ]
 
 
 _NEW_METADATA = StepMetadata().to_json()
+_NOT_THERE_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
+
+_MARGIN_BYTES = 1 << 20  # of free space, for what is not array data
 
 _log = logging.getLogger(__name__)
 
@@ -124,9 +131,9 @@ class TemporaryPath(abc.ABC):
         if os.path.lexists(path):
             self._remove_stale(path)
         commit.make_directory(path, self._file_options.path_permission_mode)
+        self._created = True  # whatever fails from here on, `discard` removes it
         # While this lock is held, no other writer takes the directory for one that a dead process left.
         self._lock = commit.DirectoryLock(path)
-        self._created = True
         if self._store is not None:
             fields = {**_NEW_METADATA, "init_timestamp_nsecs": time.time_ns()}
             self._store.write(self._temporary / METADATA_FILE, fields)
@@ -139,11 +146,13 @@ class TemporaryPath(abc.ABC):
 
     def discard(self) -> None:
         """Removes what a failed save has written, so that it does not keep a disk full."""
-        if self._created:
-            self._settle_store()
-            commit.remove_tree(os.fspath(self._temporary))
-            self._created = False
-        self._release()
+        try:
+            if self._created:
+                self._settle_store()
+                commit.remove_tree(os.fspath(self._temporary))
+                self._created = False
+        finally:
+            self._release()
 
     def _settle_store(self) -> None:
         """A store that writes in the background must be done before its files are removed."""
@@ -253,6 +262,7 @@ class CommitFileTemporaryPath(TemporaryPath):
         finally:
             if self._replaced is not None:
                 commit.rename(self._replaced, os.fspath(self._final))
+                self._replaced = None
 
 
 # ------------------------------------------------------------------ what is a checkpoint
@@ -269,9 +279,9 @@ def is_committed(path: Any) -> bool:
     An empty directory is not one, and neither is one whose step metadata has no commit time.
     """
     directory = os.fspath(path)
-    if is_temporary(directory) or not os.path.isdir(directory):
+    if is_temporary(directory) or not _is_there(directory) or not os.path.isdir(directory):
         return False
-    if os.path.exists(os.path.join(directory, COMMIT_MARKER)):
+    if _is_there(os.path.join(directory, COMMIT_MARKER)):
         return True
     if _is_incomplete(directory):
         return False
@@ -283,6 +293,17 @@ def is_committed(path: Any) -> bool:
     except FileNotFoundError:
         return False  # removed since the first look at it
     return any(os.path.exists(os.path.join(directory, name, TREE_METADATA_FILE)) for name in entries)
+
+
+def _is_there(path: str) -> bool:
+    """`os.path.exists`, to which a disk that fails looks like an empty one: a run would begin afresh."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in _NOT_THERE_ERRNOS:
+            return False
+        raise explain_os_error(error, f"cannot look at {path}") from error
+    return True
 
 
 def _is_incomplete(directory: str) -> bool:
@@ -313,6 +334,20 @@ def check_destination(final: epath.Path, path_class: type[TemporaryPath], *, for
         f"destination {final} already exists. Choose another path, or pass force=True to replace it once the new "
         "checkpoint is durable."
     )
+
+
+def require_free_bytes(directory: str, needed_bytes: int) -> None:
+    """Raises DiskFullError where the file system of `directory` has less than `needed_bytes` free."""
+    folder = directory
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    space = os.statvfs(folder)
+    free_bytes = space.f_bavail * space.f_frsize
+    if free_bytes < needed_bytes + _MARGIN_BYTES:
+        raise DiskFullError(
+            f"{directory}: the checkpoint needs {needed_bytes:,} bytes and {free_bytes:,} are free. "
+            "Nothing was written; free some space, or keep fewer checkpoints (`keep=`)."
+        )
 
 
 def absolute_path(directory: Any) -> epath.Path:

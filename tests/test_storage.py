@@ -22,6 +22,7 @@ from ckpt_hooks.storage import checksums, commit, layout, ocdbt, varints, writer
 from ckpt_hooks.storage.foreign import ForeignArrays
 from ckpt_hooks.storage.memory import host_bytes
 from ckpt_hooks.storage.reader import Database
+from ckpt_hooks.temporary_paths import require_free_bytes
 
 Arrays = dict[str, np.ndarray]
 
@@ -513,7 +514,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
 def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path) -> None:
     """The free space is looked at first, also where the directory is yet to be made."""
     with pytest.raises(DiskFullError, match="needs 1,000,000,000,000,000 bytes"):
-        commit.require_free_bytes(str(tmp_path / "run" / "7"), 10**15)
+        require_free_bytes(str(tmp_path / "run" / "7"), 10**15)
     assert os.listdir(tmp_path) == []
 
 

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 
-from ckpt_hooks.errors import DiskFullError, RunLockedError, explain_os_error
+from ckpt_hooks.errors import RunLockedError, explain_os_error
 
 __all__ = [
     "COMMIT_MARKER",
@@ -35,7 +35,6 @@ __all__ = [
     "remove_tree",
     "rename",
     "replace_file",
-    "require_free_bytes",
     "run_parallel",
     "start_writeback",
     "sync_directory",
@@ -49,7 +48,6 @@ TMP_SUFFIX = ".orbax-checkpoint-tmp"  # Orbax's: its readers skip every name tha
 _REMOVED = ".removed"
 _REPLACED = ".replaced"
 _SYNC_THREADS = 4  # one journal commit of the file system serves all that wait for it
-_MARGIN_BYTES = 1 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _SYNC_FILE_RANGE_WRITE = 2
@@ -95,37 +93,24 @@ def write_file(path: str, data: bytes | str) -> None:
         start_writeback(file.fileno())
 
 
-def replace_file(path: str, data: bytes | str, *, durable: bool = True) -> None:
+def replace_file(path: str, data: bytes | str, *, durable: bool = True, scratch: str | None = None) -> None:
     """Replaces a file's content: a reader sees the old one or the new one.
 
-    If `durable`, so it is after a power cut, and the new one stays; otherwise `sync_tree` has to follow.
+    If `durable`, so it is after a power cut, and the new one stays; otherwise `sync_tree` has to follow. The new
+    content is first in a temporary file beside the old one, or beside `scratch`.
     """
-    temporary = f"{path}{TMP_SUFFIX}"
+    temporary = f"{scratch or path}{TMP_SUFFIX}"
     try:
         write_file(temporary, data)
         if durable:
             sync_file(temporary)
         os.rename(temporary, path)
+        if durable:
+            sync_directory(os.path.dirname(path))
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            remove_tree(temporary)
         raise explain_os_error(error, f"cannot write {path}") from error
-    if durable:
-        sync_directory(os.path.dirname(path))
-
-
-def require_free_bytes(directory: str, needed_bytes: int) -> None:
-    """Raises DiskFullError where the file system of `directory` has less than `needed_bytes` free."""
-    folder = directory
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    space = os.statvfs(folder)
-    free_bytes = space.f_bavail * space.f_frsize
-    if free_bytes < needed_bytes + _MARGIN_BYTES:
-        raise DiskFullError(
-            f"{directory}: the checkpoint needs {needed_bytes:,} bytes and {free_bytes:,} are free. "
-            "Nothing was written; free some space, or keep fewer checkpoints (`keep=`)."
-        )
 
 
 def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
@@ -199,6 +184,9 @@ def sync_file(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.close(descriptor)
 
@@ -206,8 +194,10 @@ def sync_file(path: str) -> None:
 # Makes the names in a directory durable: without it a power cut may undo a rename.
 sync_directory = sync_file
 
-# Renames inside a directory that `sync_tree` will make durable.
-rename = os.rename
+
+def rename(source: str, destination: str) -> None:
+    """Renames inside a directory that `sync_tree` will make durable."""
+    os.rename(source, destination)
 
 
 def publish(temporary: str, final: str, *, replace: bool = False) -> None:
@@ -233,6 +223,8 @@ def publish(temporary: str, final: str, *, replace: bool = False) -> None:
         undo.pop_all()  # from here on the new one is the checkpoint
     if old is not None:
         remove_replaced(old)
+    if _unremoved:
+        _remove_again()
 
 
 def remove_replaced(old: str) -> None:
@@ -266,15 +258,39 @@ def _exchange(one: str, other: str) -> bool:
 
 def remove_tree(path: str) -> None:
     """Removes a checkpoint or a temporary directory; no reader ever sees a half-removed checkpoint."""
+    doomed = None
     if TMP_SUFFIX not in os.path.basename(path):
         doomed = _unused(f"{path}{_REMOVED}", TMP_SUFFIX)
         os.rename(path, doomed)
-        sync_directory(os.path.dirname(path))
         path = doomed
-    if stat.S_ISDIR(os.lstat(path).st_mode):
-        shutil.rmtree(path)
-    else:
-        os.unlink(path)
+    try:
+        if path is doomed:
+            sync_directory(os.path.dirname(path))
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    except OSError:
+        _unremoved.add(path)
+        raise
+
+
+_unremoved: set[str] = set()  # of what this process wanted to remove; tried again after every commit
+
+
+def _remove_again() -> None:
+    """A disk that failed may work again: what it kept must not fill it until the program ends."""
+    for path in list(_unremoved):
+        _unremoved.discard(path)
+        try:
+            # The name may be in use again: a temporary directory belongs to whoever holds its lock.
+            if not stat.S_ISDIR(os.lstat(path).st_mode) or _is_dead(path):
+                remove_tree(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            _unremoved.add(path)
+            _log.warning("still cannot remove %s: %s", path, error)
 
 
 def move_aside(path: str, label: str) -> str:

@@ -210,11 +210,17 @@ class ArrayWriter:
     def _write_blocks(self, directory: str, end: int) -> None:
         """Writes the blocks up to `end` that are not written yet."""
         descriptor = self._open(directory)
+
+        def write(number: int) -> None:
+            block = self._blocks[number]
+            content, self._held[number] = self._held[number] or self._content(block), None
+            self._write_block(descriptor, block, memoryview(content))
+
         try:
             begin, self._num_written = self._num_written, end
             for numbers in self._windows(begin, end) if self._remote else [range(begin, end)]:
                 nbytes = sum([self._blocks[number].nbytes for number in numbers])
-                tasks = [functools.partial(self._write_taken, descriptor, number) for number in numbers]
+                tasks = [functools.partial(write, number) for number in numbers]
                 run_parallel(tasks, _THREADS if nbytes > _WORTH_A_THREAD_BYTES else 1)
         finally:
             os.close(descriptor)
@@ -238,11 +244,6 @@ class ArrayWriter:
                 self._fetch(range(begin, number + 1))
                 yield range(begin, number + 1)
                 begin, window_bytes = number + 1, 0
-
-    def _write_taken(self, descriptor: int, number: int) -> None:
-        block = self._blocks[number]
-        content, self._held[number] = self._held[number] or self._content(block), None
-        self._write_block(descriptor, block, memoryview(content))
 
     def _write_block(self, descriptor: int, block: Block, content: memoryview) -> None:
         # The checksum is taken just before the write, from the bytes that are written: whatever happens to them
