@@ -22,11 +22,7 @@ from typing import Any, Self
 from etils import epath
 
 from ckpt_hooks import events, processes
-from ckpt_hooks.errors import (
-    InvalidArgumentError,
-    SaveFailedError,
-    explain_os_error,
-)
+from ckpt_hooks.errors import InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
 from ckpt_hooks.loud_exit import untold

@@ -46,7 +46,11 @@ class Watch:
             if name == "fsync":
                 self.note_sync(args[0])
             elif name == "rename":
-                self.unsynced_names |= {os.path.dirname(path) for path in args[:2]}
+                source, target = args[:2]
+                self.unsynced_names.add(os.path.dirname(target))
+                if not (os.path.isfile(target) and TEMPORARY in os.path.basename(source)):
+                    # A temporary file whose name comes back is removed by the next writer.
+                    self.unsynced_names.add(os.path.dirname(source))
             self.look_for_commits()
             return result
 
