@@ -177,13 +177,20 @@ class RunDirectory:
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
         lock = commit.DirectoryLock(self.path)
+        try:
+            self._clear_up()
+        except BaseException:
+            lock.release()  # at once: whoever keeps the error would keep the run locked
+            raise
+        self._lock, self.is_locked = lock, True  # not before: who cannot list a run does not take it for an empty one
+
+    def _clear_up(self) -> None:
         names = self._listing.names()
         if any(commit.TMP_SUFFIX in name for name in names.others):
             for name in commit.remove_dead_temporaries(self.path):
                 _log.info("removed %s, left in %s by a writer that died", name, self.path)
             names = self._listing.names()  # it may have put back a checkpoint
         self.take_stock(names.steps)
-        self._lock, self.is_locked = lock, True  # not before: who cannot list a run does not take it for an empty one
 
     def unlock(self) -> None:
         if self._lock is not None:
