@@ -20,7 +20,7 @@ import orbax.checkpoint as orbax
 from orbax.checkpoint.experimental import v1 as orbax_v1
 
 from benchmarks.workloads import State
-from ckpt_hooks import AsyncCheckpointer, Checkpointer, StandardCheckpointHandler
+from ckpt_hooks import ArrayOptions, AsyncCheckpointer, Checkpointer, StandardCheckpointHandler
 
 try:
     import safetensors.flax as safetensors
@@ -84,6 +84,7 @@ def background_savers() -> list[BackgroundSaver]:
     return [
         _ours_in_background(OURS),
         _ours_in_background(CONTROL),
+        _ours_in_background("ours, views", staging="view"),
         BackgroundSaver(ORBAX[0], default.save, default.wait_until_finished),
         BackgroundSaver(ORBAX[1], functools.partial(_save_tuned, tuned), tuned.wait_until_finished),
     ]
@@ -97,8 +98,8 @@ def _ours(name: str) -> Saver:
     return Saver(name, checkpointer.save, checkpointer.restore)
 
 
-def _ours_in_background(name: str) -> BackgroundSaver:
-    checkpointer = AsyncCheckpointer(StandardCheckpointHandler())
+def _ours_in_background(name: str, **options: Any) -> BackgroundSaver:
+    checkpointer = AsyncCheckpointer(StandardCheckpointHandler(ArrayOptions(**options)))
     return BackgroundSaver(name, checkpointer.save, checkpointer.wait_until_finished)
 
 

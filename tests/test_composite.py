@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,17 @@ def restore(path: Path, handler: CompositeCheckpointHandler | None = None, /, **
 
 
 # ------------------------------------------------------------------ the Composite object
+
+
+def test_a_directory_that_was_never_saved_is_no_item(tmp_path: Path) -> None:
+    """What somebody has copied into a checkpoint is neither restored nor described."""
+    with Checkpointer(CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "c", args.Composite(a=args.StandardSave({"w": np.ones(3)})))
+        shutil.copytree(tmp_path / "c" / "a", tmp_path / "c" / "b")
+        assert sorted(checkpointer.restore(tmp_path / "c").keys()) == ["a"]
+        assert sorted(checkpointer.metadata(tmp_path / "c").item_metadata.keys()) == ["a"]
+        with pytest.raises(KeyError, match="no item 'b'"):
+            checkpointer.restore(tmp_path / "c", args=args.Composite(b=args.StandardRestore()))
 
 
 def test_composite_is_read_by_key_and_by_attribute() -> None:

@@ -245,7 +245,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         """The items asked for, or all of them."""
         checksums = FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE)
         recorded = self._recorded_handlers(directory)
-        saved = sorted({*_item_directories(directory), *(checksums.items() if checksums else ())})
+        saved = sorted({*_present_items(directory, recorded, checksums), *(checksums.items() if checksums else ())})
         wanted = dict.fromkeys(saved) if args is None or not len(args) else dict(args.items())
         results = {}
         mismatches: list[StructureMismatchError] = []
@@ -301,9 +301,8 @@ class CompositeCheckpointHandler(CheckpointHandler):
         if step_metadata is not None and isinstance(step_metadata.item_handlers, str):
             raise InvalidArgumentError(f"{directory} is no composite: it was saved with {step_metadata.item_handlers}")
         recorded = self._recorded_handlers(directory)
-        return CompositeArgs(
-            **{name: self._item_metadata(directory / name, recorded.get(name)) for name in _item_directories(directory)}
-        )
+        present = _present_items(directory, recorded, FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE))
+        return CompositeArgs(**{name: self._item_metadata(directory / name, recorded.get(name)) for name in present})
 
     def _item_metadata(self, path: epath.Path, recorded: str | None) -> Any:
         try:
@@ -397,9 +396,12 @@ def _check_item(name: str, args: Any) -> None:
         )
 
 
-def _item_directories(directory: epath.Path) -> list[str]:
+def _present_items(directory: epath.Path, recorded: Mapping[str, str], checksums: FileChecksums | None) -> list[str]:
+    """The directories that are items; in a checkpoint of ours, one that somebody has put there is none."""
     with os.scandir(directory) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_temporary(entry.name))
+        present = sorted(entry.name for entry in entries if entry.is_dir() and not is_temporary(entry.name))
+    known = None if checksums is None else checksums.items() | recorded.keys()
+    return [name for name in present if known is None or name in known]
 
 
 register_with_handler(CompositeCheckpointHandler, for_save=True, for_restore=True)(CompositeArgs)
