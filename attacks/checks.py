@@ -24,6 +24,7 @@ CLASSES = {
     "stuck": "the next save failed",
     "left over": "after the next save, something lies there that is no checkpoint",
     "silent": "a save whose bytes or names could not be written was acknowledged",
+    "late": "a restore raised once, and then gave the checkpoint: the failure of an earlier save came out of it",
     "unclear": "an error that does not say which checkpoint and why, or is not of the library's own",
     "hung": "the operation or what came after it did not end, or crashed",
 }
@@ -55,9 +56,20 @@ def _look_at(run: Run, step: int, expected: Expected, kind: str) -> Iterator[Pro
     try:
         number, state = run.restore(step)
     except Exception as error:
+        if _restores(run, step):
+            yield "late", f"restore({step}): {_text(error)}"
+            return
         yield "lost" if step in expected.required | expected.aside else "torn", f"restore({step}): {_text(error)}"
         return
     yield from _wrong(number, state, expected, kind)
+
+
+def _restores(run: Run, step: int) -> bool:
+    try:
+        run.restore(step)
+    except Exception:
+        return False
+    return True
 
 
 def _wrong(step: int, state: Any, expected: Expected, kind: str) -> Iterator[Problem]:
