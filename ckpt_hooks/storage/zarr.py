@@ -72,11 +72,11 @@ class ArrayKind:
         """Whether its one chunk is the array's bytes as they are in memory, or these and the index of a shard."""
         dtype, fields = self.info.dtype, self.metadata
         known = dtype.isnative and (dtype.kind in "iufc" or dtype.name == "bfloat16")  # no dtype of less than a byte
-        if not known or self._chunk_shape != fields["shape"] or sys.byteorder != "little":
+        if not (known and self.can_be_stacked) or self._chunk_shape != fields["shape"] or sys.byteorder != "little":
             return None
         if self._is_v2:
-            is_raw = fields["compressor"] is None and fields["filters"] is None and fields["order"] == "C"
-            return "array" if is_raw and isinstance(fields["dtype"], str) and fields["dtype"][0] != ">" else None
+            is_raw = fields["compressor"] is None and fields["order"] == "C" and fields["dtype"][0] != ">"
+            return "array" if is_raw else None
         codecs = fields["codecs"]
         if codecs[0]["name"] != "sharding_indexed":
             return "array" if _are_bytes(codecs) else None
