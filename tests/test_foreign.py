@@ -13,8 +13,10 @@ import pytest
 import tensorstore as ts
 
 from ckpt_hooks.errors import CorruptCheckpointError
-from ckpt_hooks.storage import foreign
+from ckpt_hooks.storage import foreign, raw
 from ckpt_hooks.storage.foreign import ForeignArrays
+from ckpt_hooks.storage.reader import ArrayInfo
+from ckpt_hooks.storage.zarr import ArrayKind
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,6 +47,7 @@ class Layout:
       chunk: the shape of a chunk, of at most 3 in each axis or the whole array.
       filled: whether chunks that are lacking have a value.
       inner: whether a chunk is a shard of one or of several chunks ("one", "several").
+      index: where a shard has its index.
     """
 
     ocdbt: bool = True
@@ -52,6 +55,7 @@ class Layout:
     extra: Any = dataclasses.field(default_factory=dict)
     chunks: bool = False
     inner: str = ""
+    index: str = "end"
     filled: bool = False
 
     def spec(self, path: Path, name: str, array: np.ndarray) -> dict[str, Any]:
@@ -78,7 +82,7 @@ class Layout:
     def _sharding(self, chunk: list[int], codecs: list[Any]) -> Any:
         index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         inner = [1 if self.inner == "several" else n for n in chunk]
-        configuration = {"chunk_shape": inner, "codecs": codecs, "index_codecs": index}
+        configuration = {"chunk_shape": inner, "codecs": codecs, "index_codecs": index, "index_location": self.index}
         return {"name": "sharding_indexed", "configuration": configuration}
 
     def write(self, path: Path, arrays: Arrays) -> None:
@@ -104,7 +108,8 @@ _PLAIN3, _ZSTD3 = {"codecs": [_BYTES]}, {"codecs": [_BYTES, _ZSTD]}
 LAYOUTS = {
     "zarr2": Layout(extra=_PLAIN),
     "zarr2, zstd": Layout(extra=_ZSTD2),
-    "zarr2, blosc, F order": Layout(extra={"compressor": {"id": "blosc"}, "order": "F"}),
+    "zarr2, F order": Layout(extra=_PLAIN | {"order": "F"}),
+    "zarr2, blosc": Layout(extra={"compressor": {"id": "blosc"}}),
     "zarr2, zstd, chunks": Layout(extra=_ZSTD2, chunks=True),
     "zarr2, chunks between slashes": Layout(extra=_PLAIN | {"dimension_separator": "/"}, chunks=True),
     "zarr2, files": Layout(ocdbt=False, extra=_ZSTD2, chunks=True),
@@ -115,6 +120,10 @@ LAYOUTS = {
     "zarr3, checksums": Layout(zarr3=True, extra={"codecs": [_BYTES, {"name": "crc32c"}]}),
     "zarr3, keys of v2": Layout(zarr3=True, extra=_PLAIN3 | {"chunk_key_encoding": {"name": "v2"}}, chunks=True),
     "zarr3, shards": Layout(zarr3=True, extra=_PLAIN3, inner="one"),
+    "zarr3, index before the shard": Layout(zarr3=True, extra=_PLAIN3, inner="one", index="start"),
+    "zarr3, big endian": Layout(
+        zarr3=True, extra={"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}]}, inner="one"
+    ),
     "zarr3, zstd, shards": Layout(zarr3=True, extra=_ZSTD3, inner="one"),
     "zarr3, shards of several": Layout(zarr3=True, extra=_ZSTD3, inner="several"),
     "zarr3, chunks and shards": Layout(zarr3=True, extra=_ZSTD3, chunks=True, inner="several"),
@@ -174,6 +183,18 @@ def test_arrays_are_what_tensorstore_reads(
     }
     LAYOUTS[layout].write(tmp_path, arrays)
     assert_as_tensorstore_reads(LAYOUTS[layout], tmp_path, arrays)
+
+
+RAW = {"zarr2": "array", "zarr3": "array", "zarr3, with attributes": "array", "zarr3, shards": "shard"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_plain_bytes_are_raw(layout: str, tmp_path: Path) -> None:
+    """Only an array in one chunk, that is neither compressed nor reordered, is taken for its bytes."""
+    array = make_array((4, 5), np.dtype("f4"))
+    store = LAYOUTS[layout].create(tmp_path, "w", array)
+    kind = ArrayKind(ArrayInfo(array.shape, array.dtype, array.shape), store.spec().to_json()["metadata"])
+    assert kind.raw == RAW.get(layout)
 
 
 # ------------------------------------------------------------------ what is lacking, what is damaged
@@ -250,6 +271,35 @@ def test_a_data_file_that_is_gone_names_an_array(tmp_path: Path, way: str) -> No
         ours.read(["a", "b"])
 
 
+@pytest.mark.parametrize("damaged", [6400, 6408, 6416, 6419])
+def test_a_damaged_index_of_a_shard_is_found(tmp_path: Path, way: str, damaged: int) -> None:
+    """A shard whose index is not what it was is an error that names the array, also where its bytes are the array."""
+    layout = LAYOUTS["zarr3, shards"]
+    arrays = {name: make_array((40, 40), np.dtype("f4"), seed) for seed, name in enumerate("ab")}
+    layout.write(tmp_path, arrays)
+    for path in (tmp_path / "d").iterdir():
+        content = bytearray(path.read_bytes())
+        start = content.find(arrays["b"].tobytes())
+        if start >= 0:
+            content[start + damaged] ^= 1
+            path.write_bytes(content)
+    ours = layout.open(tmp_path, arrays)
+    assert bytes_of(ours.read("a")) == bytes_of({"a": arrays["a"]})
+    with pytest.raises(CorruptCheckpointError, match="array 'b' cannot be read"):
+        ours.read("ab")
+
+
+def test_a_cut_data_file_names_an_array(tmp_path: Path, way: str) -> None:
+    """Where a data file ends too early, the error names an array that would have been there."""
+    layout = LAYOUTS["zarr2"]
+    layout.write(tmp_path, {"w": make_array((40, 40), np.dtype("f4"))})
+    ours = layout.open(tmp_path, ["w"])
+    for path in (tmp_path / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:6000])
+    with pytest.raises(CorruptCheckpointError, match="array 'w' cannot be read"):
+        ours.read(["w"])
+
+
 # ------------------------------------------------------------------ the index
 
 
@@ -314,6 +364,20 @@ def test_work_does_not_grow_with_the_leaves(layout: str, tmp_path: Path, calls: 
         counts.append(list(calls))
     assert counts[0] == counts[1]
     assert counts[0].count("open") == 4  # two for each kind: once for its metadata, once for all its arrays
+
+
+@pytest.mark.parametrize("layout", ["zarr2", "zarr3", "zarr3, shards"])
+def test_what_needs_no_decoding_is_not_opened(
+    layout: str, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large arrays that are not compressed take no open each, in parts as small as they may be read."""
+    monkeypatch.setattr(foreign, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(raw, "_READ_BYTES", 100)
+    arrays = {f"w{i}": make_array((10, 20), np.dtype("f4"), i) for i in range(12)}
+    LAYOUTS[layout].write(tmp_path, arrays)
+    calls.clear()
+    assert bytes_of(LAYOUTS[layout].open(tmp_path, arrays).read(arrays)) == bytes_of(arrays)
+    assert calls.count("open") == 1
 
 
 def test_memory_is_aligned_and_nobody_elses(way: str, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ loaded when the first such item is read.
 
 What costs is not the bytes but one more array: to open it, and to read it. So arrays are opened once for each
 *kind*, all that have the same metadata, and small ones are read many at once: their chunks are put side by side in
-memory, where they are the chunks of one array with one axis more (`zarr.ArrayKind.stacked`). All decoding is
-tensorstore's, straight into the memory that is handed out.
+memory, where they are the chunks of one array with one axis more (`zarr.ArrayKind.stacked`). tensorstore decodes
+straight into the memory that is handed out, and what needs no decoding is read there (`raw`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.layout import array_key
+from ckpt_hooks.storage.raw import RawValue, read_raw
 from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.storage.values import DatabaseValues, FileValues
 from ckpt_hooks.storage.zarr import ArrayKind
@@ -87,7 +88,8 @@ class ForeignArrays:
         memory = _Memory(self._kinds[name] for name in small + large)
         for batch in self._batches(small):
             arrays |= self._read_batch(batch, memory)
-        return arrays | self._read_each(large, memory)
+        arrays |= self._read_raw(large, memory)
+        return arrays | self._read_each([name for name in large if name not in arrays], memory)
 
     # -------------------------------------------------------------- metadata
 
@@ -143,7 +145,9 @@ class ForeignArrays:
             yield batch
 
     def _place(self, name: str) -> tuple[str, int]:
-        return self._values.place(array_key(name, self._kinds[name].chunks[0][0]))
+        """What sorts arrays so that they lie one after another."""
+        place = self._values.place(array_key(name, self._kinds[name].chunks[0][0]))
+        return (name, 0) if place is None else (place.file, place.offset)
 
     def _read_batch(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
         kinds: dict[ArrayKind, list[str]] = {}
@@ -179,7 +183,18 @@ class ForeignArrays:
             store[key] = value
         return store
 
-    # -------------------------------------------------------------- one array at a time
+    # -------------------------------------------------------------- large arrays
+
+    def _read_raw(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
+        """Those of the arrays that are not compressed, are in one piece, and are as they should be."""
+        values = {}
+        for name in names:
+            kind = self._kinds[name]
+            place = self._values.place(array_key(name, kind.chunks[0][0])) if kind.raw else None
+            if place is not None:
+                values[name] = RawValue(place, memory.rows(1, kind)[0, ...], is_shard=kind.raw == "shard")
+        good = read_raw(self._directory, values)
+        return {name: value.target for name, value in values.items() if name in good}
 
     def _read_each(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
         arrays = {}

@@ -11,7 +11,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["DatabaseValues", "FileValues"]
+__all__ = ["DatabaseValues", "FileValues", "Place"]
 
 _GAP_BYTES = 4 << 10  # between two values that one read fetches
 _READ_BYTES = 16 << 20
@@ -19,7 +19,7 @@ _READ_BYTES = 16 << 20
 Dump = Callable[[str | None], Any]  # the manifest, or the node at a location, as tensorstore describes it
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a value stands in a data file."""
 
     file: str
@@ -27,10 +27,10 @@ class _Place(NamedTuple):
     nbytes: int
 
     @classmethod
-    def parse(cls, location: str) -> _Place:
+    def parse(cls, location: str) -> Place:
         """
-        >>> _Place.parse("value:ocdbt.process_0/:d/0d4a:1000:24")
-        _Place(file='ocdbt.process_0/d/0d4a', offset=1000, nbytes=24)
+        >>> Place.parse("value:ocdbt.process_0/:d/0d4a:1000:24")
+        Place(file='ocdbt.process_0/d/0d4a', offset=1000, nbytes=24)
         """
         _, base, path, offset, nbytes = location.split(":")
         return cls(_unquote(base) + _unquote(path), int(offset), int(nbytes))
@@ -50,7 +50,7 @@ class DatabaseValues:
 
     def __init__(self, files: Any, dump: Dump) -> None:
         self._files = files
-        self._index: dict[bytes, bytes | str | _Place] = {}  # a value, its location, or that once it has been parsed
+        self._index: dict[bytes, bytes | str | Place] = {}  # a value, its location, or that once it has been parsed
         root = dump(None)["versions"][-1]["root"]
         pending = [(b"", root["location"])] if "location" in root else []  # an empty database has no root
         while pending:
@@ -62,18 +62,18 @@ class DatabaseValues:
                 else:
                     self._index[key] = entry["inline_value"] if "inline_value" in entry else entry["indirect_value"]
 
-    def place(self, key: bytes) -> tuple[str, int]:
-        """What sorts keys so that their values lie one after another."""
+    def place(self, key: bytes) -> Place | None:
+        """Where a value stands; None where it is in the index itself, or there is none."""
         value = self._find(key)
-        return value[:2] if isinstance(value, _Place) else ("", 0)
+        return value if isinstance(value, Place) else None
 
     def read(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         """{key: value} of those keys that there are."""
         values: dict[bytes, bytes] = {}
-        outside: list[tuple[_Place, bytes]] = []
+        outside: list[tuple[Place, bytes]] = []
         for key in keys:
             value = self._find(key)
-            if isinstance(value, _Place):
+            if isinstance(value, Place):
                 outside.append((value, key))
             elif value is not None:
                 values[key] = value
@@ -87,13 +87,13 @@ class DatabaseValues:
                 values[key] = content[place.offset - start : place.offset - start + place.nbytes]
         return values
 
-    def _find(self, key: bytes) -> bytes | _Place | None:
+    def _find(self, key: bytes) -> bytes | Place | None:
         value = self._index.get(key)
         if isinstance(value, str):
-            value = self._index[key] = _Place.parse(value)
+            value = self._index[key] = Place.parse(value)
         return value
 
-    def _start_read(self, group: Sequence[tuple[_Place, bytes]]) -> Any:
+    def _start_read(self, group: Sequence[tuple[Place, bytes]]) -> Any:
         first, last = group[0][0], group[-1][0]
         return self._files.read(first.file, byte_range=slice(first.offset, last.offset + last.nbytes))
 
@@ -104,9 +104,8 @@ class FileValues:
     def __init__(self, files: Any) -> None:
         self._files = files
 
-    def place(self, key: bytes) -> tuple[str, int]:
-        """What sorts keys so that their values lie one after another."""
-        return key.decode(), 0
+    def place(self, key: bytes) -> None:
+        """Each is a file."""
 
     def read(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         """{key: value} of those keys that there are."""
@@ -115,9 +114,9 @@ class FileValues:
         return {key: value for key, value in values if value is not None}
 
 
-def _neighbours(values: Sequence[tuple[_Place, bytes]]) -> Iterator[list[tuple[_Place, bytes]]]:
+def _neighbours(values: Sequence[tuple[Place, bytes]]) -> Iterator[list[tuple[Place, bytes]]]:
     """Runs of values that one read fetches."""
-    group: list[tuple[_Place, bytes]] = []
+    group: list[tuple[Place, bytes]] = []
     for place, key in values:
         if group:
             first, last = group[0][0], group[-1][0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -64,6 +65,26 @@ class ArrayKind:
             return list(self.metadata["chunks"])
         return list(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
 
+    # -------------------------------------------------------------- raw bytes
+
+    @functools.cached_property
+    def raw(self) -> Literal["array", "shard"] | None:
+        """Whether its one chunk is the array's bytes as they are in memory, or these and the index of a shard."""
+        dtype, fields = self.info.dtype, self.metadata
+        known = dtype.isnative and (dtype.kind in "iufc" or dtype.name == "bfloat16")  # no dtype of less than a byte
+        if not (known and self.can_be_stacked) or self._chunk_shape != fields["shape"] or sys.byteorder != "little":
+            return None
+        if self._is_v2:
+            is_raw = fields["compressor"] is None and fields["order"] == "C" and fields["dtype"][0] != ">"
+            return "array" if is_raw else None
+        codecs = fields["codecs"]
+        if codecs[0]["name"] != "sharding_indexed":
+            return "array" if _are_bytes(codecs) else None
+        sharding = codecs[0]["configuration"]
+        is_raw = len(codecs) == 1 and sharding["chunk_shape"] == fields["shape"] and _are_bytes(sharding["codecs"])
+        is_indexed = sharding.get("index_location", "end") == "end" and _are_bytes(sharding["index_codecs"], "crc32c")
+        return "shard" if is_raw and is_indexed else None
+
     # -------------------------------------------------------------- stacks
 
     @functools.cached_property
@@ -99,3 +120,9 @@ class ArrayKind:
             "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
             "codecs": [first, *others],
         }
+
+
+def _are_bytes(codecs: Sequence[Mapping[str, Any]], *others: str) -> bool:
+    """Whether the codecs are little-endian bytes and, on them, `others`."""
+    is_little = codecs[0].get("configuration", {}).get("endian", "little") == "little"
+    return [codec["name"] for codec in codecs] == ["bytes", *others] and is_little
