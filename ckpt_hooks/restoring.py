@@ -168,9 +168,13 @@ class _Checkpoint:
             return
         with os.scandir(path) as entries:
             present = {entry.name for entry in entries if entry.is_dir() and not is_temporary(entry.name)}
-        metadata = read_step_metadata(path) or StepMetadata()
+        found = read_step_metadata(path)
+        metadata = found or StepMetadata()
         recorded = metadata.item_handlers if isinstance(metadata.item_handlers, Mapping) else {}
         checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
+        if found is None and checksums is None and not os.path.isdir(path):
+            # Its removal overtook the listing, which may have found a part of its items, or none: not an empty state.
+            raise CheckpointNotFoundError(f"{path} was removed while it was read")
         if checksums is not None:
             # A directory that somebody has put here was never saved. Late metrics are not covered at once.
             present &= checksums.items() | recorded.keys() | {METRICS_ITEM}

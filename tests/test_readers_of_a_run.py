@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,34 @@ def test_the_newest_goes_back_at_once(run: Path, writer: CheckpointManager, monk
     monkeypatch.setattr(os, "rename", look_after)
     save(writer, 15, force=True)
     assert seen <= {190, 15}
+
+
+class _Emptied:
+    """What a directory lists that was emptied while it was listed."""
+
+    def __enter__(self) -> Iterator[os.DirEntry[str]]:
+        return iter(())
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_listed_is_no_empty_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal that overtakes the listing of the items is told; what is left of them is not restored as all."""
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"params": {"w": np.ones(3)}, "step": 1})
+        manager.wait()
+        listed = os.scandir
+
+        def overtaken(path: Any) -> Any:
+            if isinstance(path, int) or Path(path).name != "1":
+                return listed(path)
+            shutil.rmtree(path)
+            return _Emptied()
+
+        reader = CheckpointManager(tmp_path)
+        monkeypatch.setattr("ckpt_hooks.restoring.os.scandir", overtaken)
+        with pytest.raises(CheckpointNotFoundError, match="removed while"):
+            reader.restore(step=1)
