@@ -314,8 +314,7 @@ class CheckpointManager:
             )
         if policy is not None and metric in (None, policy.metric):
             metric, mode = policy.metric, mode or policy.mode
-        recorded = {step: self._run.metrics(step) for step in self._run.steps()}
-        return retention.best_step(recorded, str(metric), mode or "min")
+        return retention.best_step(self._run.all_metrics(), str(metric), mode or "min")
 
     def metadata(self, step: int) -> StepMetadata:
         """The step metadata of a checkpoint. Raises CheckpointNotFoundError where there is none."""

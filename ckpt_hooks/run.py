@@ -146,6 +146,19 @@ class RunDirectory:
                 return {}
         return self.recorded[step]
 
+    def all_metrics(self) -> dict[int, Mapping[str, Any]]:
+        """{step: what it recorded}, of every committed step."""
+
+        def look() -> dict[int, Mapping[str, Any]]:
+            recorded = {}
+            for step in self.newest_first():
+                recorded[step] = self.metrics(step)
+                if not recorded[step] and not os.path.lexists(self.step_path(step)):
+                    raise OvertakenError  # it recorded something, perhaps, and nobody can say any more what
+            return recorded
+
+        return self.anew_if_overtaken(look)
+
     def _orbax_metrics(self, step: int) -> Mapping[str, Any]:
         try:
             with open(os.path.join(self.step_path(step), _METRICS_FILE), "rb") as file:

@@ -163,3 +163,27 @@ def test_a_checkpoint_that_is_removed_while_it_is_listed_is_no_empty_state(
         monkeypatch.setattr("ckpt_hooks.restoring.os.scandir", overtaken)
         with pytest.raises(CheckpointNotFoundError, match="removed while"):
             reader.restore(step=1)
+
+
+def test_the_best_step_is_sought_anew_where_checkpoints_are_removed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a removed checkpoint recorded is not taken for nothing: the best is the best of those that are there."""
+    with CheckpointManager(tmp_path, keep=None) as manager:
+        for step in (1, 2):
+            manager.save(step, {"step": step}, metrics={"loss": float(step)})
+        manager.wait()
+        reader = CheckpointManager(tmp_path)
+        read = reader._run.metrics
+
+        def overtaken(step: int) -> Any:
+            if step == 2:
+                shutil.rmtree(tmp_path / "2", ignore_errors=True)
+                manager._run.take_stock()
+                if not (tmp_path / "3").exists():
+                    manager.save(3, {"step": 3}, metrics={"loss": 0.5})
+                    manager.wait()
+            return read(step)
+
+        monkeypatch.setattr(reader._run, "metrics", overtaken)
+        assert reader.best_step("loss") == 3
