@@ -8,9 +8,7 @@ is locked), and prints them.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
@@ -21,6 +19,7 @@ import optax
 
 import ckpt_hooks
 from ckpt_hooks import CheckpointHook
+from tests.profiled import run_profiled
 
 PACKAGE = os.path.dirname(ckpt_hooks.__file__)
 Code = tuple[str, str]  # (file, function)
@@ -35,13 +34,7 @@ def called_in(action: Callable[[], object]) -> set[Code]:
         if event == "call":
             seen.add(frame.f_code)
 
-    threading.setprofile(note)
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
+    run_profiled(action, note)
     names = {(code.co_filename, code.co_qualname) for code in seen}
     # A lambda, comprehension or closure is a part of the function that it stands in.
     return {

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import collections
 import os
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -21,6 +19,7 @@ import pytest
 
 from ckpt_hooks import AsyncCheckpointer, Checkpointer, CheckpointHook, StandardCheckpointHandler
 from ckpt_hooks.storage import commit
+from tests.profiled import run_profiled
 
 SYSTEM_CALLS = ("open", "pwrite", "write", "fsync", "mkdir", "preadv", "rename", "posix_fallocate", "stat", "listdir")
 
@@ -35,13 +34,7 @@ def calls_of(action: Callable[[], object]) -> collections.Counter[str]:
         elif event == "c_call":
             counts[argument.__name__] += 1
 
-    threading.setprofile(note)
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
+    run_profiled(action, note)
     return counts
 
 

@@ -10,8 +10,6 @@ import json
 import os
 import random
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +24,7 @@ from ckpt_hooks.errors import InvalidArgumentError, MetricNotFoundError
 from ckpt_hooks.metadata import METADATA_FILE
 from ckpt_hooks.retention import steps_to_keep
 from ckpt_hooks.storage.commit import COMMIT_MARKER
+from tests.profiled import run_profiled
 
 PACKAGE = os.path.dirname(ckpt_hooks.__file__)
 FEW, MANY = 10, 300
@@ -80,13 +79,7 @@ def calls_in(action: Callable[[], object]) -> collections.Counter[str]:
             calls[frame.f_code.co_qualname] += 1
 
     gc.collect()  # so that nobody else's files are closed meanwhile
-    threading.setprofile(note)
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
+    run_profiled(action, note)
     return calls
 
 
