@@ -36,7 +36,7 @@ import numpy as np
 from attacks.at_once import io_at_once
 from attacks.forked import run_forked
 from attacks.quiet import quiet
-from attacks.states import differences, state_of, step_of
+from attacks.states import Position, differences, state_of, step_of
 from ckpt_hooks import Checkpointer, CheckpointManager, StandardCheckpointHandler
 from ckpt_hooks import args as ckpt_args
 from ckpt_hooks.errors import CheckpointError
@@ -83,7 +83,7 @@ class Specimen:
         if self.layout == "items":
             with CheckpointManager(directory) as manager:
                 for step, value, state in states:
-                    manager.save(step, state, metrics={"loss": 1 / step}, data=_Position(value))
+                    manager.save(step, state, metrics={"loss": 1 / step}, data=Position(value))
             return
         with Checkpointer(StandardCheckpointHandler()) as checkpointer:
             for step, _, state in states:
@@ -91,7 +91,7 @@ class Specimen:
 
     def restore(self, manager: CheckpointManager, form: Form) -> tuple[int | None, str | None]:
         """Restores: (the value that it is of, how it differs from what was saved, None where it does not)."""
-        position = _Position(-1)
+        position = Position(-1)
         objects: dict[str, Any] = {"data": position} if self.layout == "items" else {}
         target = state_of(0, self.kind) if form == "with target" else None
         restored = manager.restore(target, step=None if form == "newest" else STEP, **objects)
@@ -103,19 +103,6 @@ class Specimen:
         if objects and position.value != value:
             problems.append(f"the iterator stands at {position.value}")
         return value, f"{form}: {problems}" if problems else None
-
-
-class _Position:
-    """An iterator item: it stands where the step says."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def get_state(self) -> dict[str, int]:
-        return {"position": self.value}
-
-    def set_state(self, state: Mapping[str, int]) -> None:
-        self.value = state["position"]
 
 
 def _specimens() -> Iterator[tuple[str, Specimen]]:

@@ -36,7 +36,7 @@ import xxhash
 
 from attacks.at_once import io_at_once
 from attacks.forked import run_forked
-from attacks.states import differences, state_of, step_of
+from attacks.states import Position, differences, state_of, step_of
 from ckpt_hooks import CheckpointManager
 from ckpt_hooks.errors import CheckpointNotFoundError
 from ckpt_hooks.testing import CrashState, Recording, Scratch, crash_states, damage, record
@@ -117,19 +117,6 @@ class Story:
         """What has ever been saved as a step, the stage at work included."""
         sources = [self.holds, *(stage.saves for stage in self.stages[: finished + 1])]
         return {source[step] for source in sources if step in source}
-
-
-class Position:
-    """An iterator item: it stands where the value says."""
-
-    def __init__(self, value: int) -> None:
-        self.value = value
-
-    def get_state(self) -> dict[str, int]:
-        return {"position": self.value}
-
-    def set_state(self, state: Mapping[str, int]) -> None:
-        self.value = state["position"]
 
 
 def _save(step: int, value: int, *, iterator: bool = False, **options: Any) -> Stage:

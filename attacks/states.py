@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KINDS", "State", "differences", "leaves_of", "same", "state_of", "step_of"]
+__all__ = ["Position", "KINDS", "State", "differences", "leaves_of", "same", "state_of", "step_of"]
 
 State = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -131,3 +131,16 @@ def _bits(step: int, leaf: int, dtype: np.dtype[Any], shape: tuple[int, ...]) ->
 @functools.lru_cache(maxsize=8)
 def _ramp(length: int) -> npt.NDArray[np.uint32]:
     return np.arange(length, dtype=np.uint32) * np.uint32(_GOLDEN)
+
+
+class Position:
+    """An iterator item: it stands where the value says."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self.value}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        self.value = state["position"]
