@@ -83,7 +83,7 @@ class Model:
     def save(self, step: int, saved: Saved) -> None:
         """A committed save: it is the newest, what was damaged is set aside, and retention looks at the rest."""
         self.is_locked = True
-        for rejected in self.rejected:
+        for rejected in list(self.rejected):  # `_drop` takes it out of there
             self._drop(rejected)
         self.rejected = set()
         self.strays.discard(step)

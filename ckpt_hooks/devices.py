@@ -24,13 +24,24 @@ def put_free(arrays: Sequence[Any]) -> list[jax.Array]:
     """Arrays on the default device, free to be moved by what they are used with."""
     if len(arrays) < _WORTH_IT or not _fast_put_works():
         return list(jax.device_put(list(arrays)))
-    (device,) = jax.device_put(0).devices()  # whatever the user has made the default
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(_default_device())
     return _fast_put(arrays, [sharding] * len(arrays), committed=False)
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device  # of this thread; JAX sets it at run time
+    if device is None:
+        return jax.local_devices()[0]
+    if isinstance(device, jax.Device):
+        return device
+    (device,) = jax.device_put(0).devices()  # the name of a platform
+    return device
 
 
 def put_bound(arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
     """Arrays with these shardings, bound to their devices."""
+    if not arrays:
+        return []
     single = all(isinstance(sharding, jax.sharding.SingleDeviceSharding) for sharding in shardings)
     if len(arrays) < _WORTH_IT or not single or not _fast_put_works():
         return list(jax.device_put(list(arrays), list(shardings)))

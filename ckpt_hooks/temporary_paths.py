@@ -352,7 +352,7 @@ def require_free_bytes(directory: str, needed_bytes: int) -> None:
 
 def absolute_path(directory: Any) -> epath.Path:
     """A directory as an absolute path. Raises InvalidArgumentError for what is not on a file system."""
-    path = os.fspath(epath.Path(directory))
+    path = os.fspath(directory)
     if "://" in path:
         raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
     return epath.Path(os.path.abspath(path))
@@ -361,7 +361,7 @@ def absolute_path(directory: Any) -> epath.Path:
 def require_finalized(directory: Any, path_class: type[TemporaryPath]) -> epath.Path:
     """The absolute path of a whole checkpoint; raises for one that is missing or was never committed."""
     path = absolute_path(directory)
-    if not os.path.isdir(path):
+    if not os.path.isdir(os.fspath(path)):
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}")
     if not path_class.is_finalized(path):
         raise IncompleteCheckpointError(

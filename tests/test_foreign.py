@@ -13,7 +13,7 @@ import pytest
 import tensorstore as ts
 
 from ckpt_hooks.errors import CorruptCheckpointError
-from ckpt_hooks.storage import foreign, raw
+from ckpt_hooks.storage import direct, foreign
 from ckpt_hooks.storage.foreign import ForeignArrays
 from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.storage.zarr import ArrayKind
@@ -185,16 +185,23 @@ def test_arrays_are_what_tensorstore_reads(
     assert_as_tensorstore_reads(LAYOUTS[layout], tmp_path, arrays)
 
 
-RAW = {"zarr2": "array", "zarr3": "array", "zarr3, with attributes": "array", "zarr3, shards": "shard"}
+FORMS = {
+    "zarr2": "bytes",
+    "zarr3": "bytes",
+    "zarr3, with attributes": "bytes",
+    "zarr3, shards": "shard",
+    "zarr2, zstd": "zstd",
+    "zarr3, zstd": "zstd",
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_plain_bytes_are_raw(layout: str, tmp_path: Path) -> None:
-    """Only an array in one chunk, that is neither compressed nor reordered, is taken for its bytes."""
+def test_only_whole_chunks_are_read_without_tensorstore(layout: str, tmp_path: Path) -> None:
+    """Only an array in one chunk that holds nothing but its bytes, or these in zstd, is read without tensorstore."""
     array = make_array((4, 5), np.dtype("f4"))
     store = LAYOUTS[layout].create(tmp_path, "w", array)
     kind = ArrayKind(ArrayInfo(array.shape, array.dtype, array.shape), store.spec().to_json()["metadata"])
-    assert kind.raw == RAW.get(layout)
+    assert kind.form == FORMS.get(layout)
 
 
 # ------------------------------------------------------------------ what is lacking, what is damaged
@@ -372,7 +379,7 @@ def test_what_needs_no_decoding_is_not_opened(
 ) -> None:
     """Large arrays that are not compressed take no open each, in parts as small as they may be read."""
     monkeypatch.setattr(foreign, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(raw, "_READ_BYTES", 100)
+    monkeypatch.setattr(direct, "_READ_BYTES", 100)
     arrays = {f"w{i}": make_array((10, 20), np.dtype("f4"), i) for i in range(12)}
     LAYOUTS[layout].write(tmp_path, arrays)
     calls.clear()

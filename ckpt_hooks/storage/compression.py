@@ -20,7 +20,7 @@ from ckpt_hooks.storage.layout import DataFile, Layout, Place, add_index
 from ckpt_hooks.storage.memory import Bytes, aligned_memory
 from ckpt_hooks.storage.writer import ArrayWriter, Sources
 
-__all__ = ["ZSTD", "CompressingWriter", "decompressed"]
+__all__ = ["ZSTD", "CompressingWriter", "decompress_into", "decompressed"]
 
 ZSTD: dict[str, Any] = {"id": "zstd", "level": 1}  # Orbax's level: a higher one costs more than it gains on weights
 _THREADS = 2
@@ -112,18 +112,23 @@ def _compressed(contents: Sequence[Any], nbytes: int) -> bytes:
 
 def decompressed(content: memoryview, nbytes: int, where: str) -> Bytes:
     """A chunk of `nbytes`; raises CorruptCheckpointError, naming `where`, if it is not one."""
+    chunk = aligned_memory(nbytes)
+    decompress_into(chunk, content, where)
+    return chunk
+
+
+def decompress_into(chunk: Bytes, content: memoryview, where: str) -> None:
+    """Fills a chunk; raises CorruptCheckpointError, naming `where`, if `content` is not as many bytes."""
     import zstandard
 
-    chunk = aligned_memory(nbytes)
     try:
         with zstandard.ZstdDecompressor().stream_reader(content) as stream:
             found = sum(_filled(stream, chunk))
             is_longer = bool(stream.read(1))
     except zstandard.ZstdError as error:
         raise CorruptCheckpointError(f"{where}: {error}") from error
-    if found != nbytes or is_longer:
-        raise CorruptCheckpointError(f"{where}: a chunk is not the {nbytes} bytes that its array needs")
-    return chunk
+    if found != chunk.nbytes or is_longer:
+        raise CorruptCheckpointError(f"{where}: a chunk is not the {chunk.nbytes} bytes that its array needs")
 
 
 def _filled(stream: Any, chunk: Bytes) -> Iterator[int]:

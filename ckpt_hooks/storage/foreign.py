@@ -6,7 +6,7 @@ loaded when the first such item is read.
 What costs is not the bytes but one more array: to open it, and to read it. So arrays are opened once for each
 *kind*, all that have the same metadata, and small ones are read many at once: their chunks are put side by side in
 memory, where they are the chunks of one array with one axis more (`zarr.ArrayKind.stacked`). tensorstore decodes
-straight into the memory that is handed out, and what needs no decoding is read there (`raw`).
+straight into the memory that is handed out; what needs no more than zstd is put there without it (`direct`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError
+from ckpt_hooks.storage.direct import DirectValue, read_direct
 from ckpt_hooks.storage.layout import array_key
-from ckpt_hooks.storage.raw import RawValue, read_raw
 from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.storage.values import DatabaseValues, FileValues
 from ckpt_hooks.storage.zarr import ArrayKind
@@ -88,7 +88,7 @@ class ForeignArrays:
         memory = _Memory(self._kinds[name] for name in small + large)
         for batch in self._batches(small):
             arrays |= self._read_batch(batch, memory)
-        arrays |= self._read_raw(large, memory)
+        arrays |= self._read_direct(large, memory)
         return arrays | self._read_each([name for name in large if name not in arrays], memory)
 
     # -------------------------------------------------------------- metadata
@@ -185,15 +185,15 @@ class ForeignArrays:
 
     # -------------------------------------------------------------- large arrays
 
-    def _read_raw(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
-        """Those of the arrays that are not compressed, are in one piece, and are as they should be."""
+    def _read_direct(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
+        """Those of the arrays that are in one piece, need no codec but zstd, and are as they should be."""
         values = {}
         for name in names:
             kind = self._kinds[name]
-            place = self._values.place(array_key(name, kind.chunks[0][0])) if kind.raw else None
-            if place is not None:
-                values[name] = RawValue(place, memory.rows(1, kind)[0, ...], is_shard=kind.raw == "shard")
-        good = read_raw(self._directory, values)
+            place = self._values.place(array_key(name, kind.chunks[0][0])) if kind.form else None
+            if place is not None and kind.form is not None:
+                values[name] = DirectValue(place, memory.rows(1, kind)[0, ...], kind.form)
+        good = read_direct(self._directory, values)
         return {name: value.target for name, value in values.items() if name in good}
 
     def _read_each(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:

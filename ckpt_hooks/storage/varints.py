@@ -13,6 +13,8 @@ __all__ = ["U64", "decode_varints", "encode_varints", "varint"]
 
 U64 = npt.NDArray[np.uint64]
 
+_FEW = 32  # integers, for which a dozen operations on arrays take longer than a Python step for each of them
+
 
 def varint(value: int) -> bytes:
     """LEB128.
@@ -50,12 +52,8 @@ def encode_varints(values: Sequence[int] | U64) -> bytes:
 
 def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
     """`num` LEB128 integers from `start`, and the position after them."""
-    if num <= 4:
-        integers = []
-        for _ in range(num):
-            integer, start = _decode_varint(buffer, start)
-            integers.append(integer)
-        return np.array(integers, np.uint64), start
+    if num <= _FEW:
+        return _decode_few(buffer, start, num)
     window = buffer[start : start + 10 * num]
     ends = np.flatnonzero(window < 0x80)[:num]
     if len(ends) < num:
@@ -72,13 +70,19 @@ def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple
     return values, start + int(ends[-1]) + 1
 
 
-def _decode_varint(buffer: npt.NDArray[np.uint8], start: int) -> tuple[int, int]:
-    """One LEB128 integer: the columns of a small index have few, for which arrays take longer than Python does."""
-    value = 0
-    for position, byte in enumerate(buffer[start : start + 10].tolist()):
-        value |= (byte & 0x7F) << 7 * position
+def _decode_few(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
+    values = []
+    value = shift = end = 0
+    for end, byte in enumerate(buffer[start : start + 10 * num].tolist() if num else (), start + 1):
+        value |= (byte & 0x7F) << shift
+        shift += 7
         if byte < 0x80:
             if value >> 64:
                 raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
-            return value, start + position + 1
-    raise CorruptCheckpointError("index node ends in the middle of an integer")
+            values.append(value)
+            if len(values) == num:
+                return np.array(values, np.uint64), end
+            value = shift = 0
+    if num:
+        raise CorruptCheckpointError("index node ends in the middle of an integer")
+    return np.zeros(0, np.uint64), start

@@ -7,10 +7,11 @@ import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from ckpt_hooks.storage.direct import Form
 from ckpt_hooks.storage.reader import ArrayInfo
 
 __all__ = ["ArrayKind"]
@@ -65,25 +66,25 @@ class ArrayKind:
             return list(self.metadata["chunks"])
         return list(self.metadata["chunk_grid"]["configuration"]["chunk_shape"])
 
-    # -------------------------------------------------------------- raw bytes
+    # -------------------------------------------------------------- one chunk, as it is in memory
 
     @functools.cached_property
-    def raw(self) -> Literal["array", "shard"] | None:
-        """Whether its one chunk is the array's bytes as they are in memory, or these and the index of a shard."""
+    def form(self) -> Form | None:
+        """How its one chunk holds the array's bytes as they are in memory; None where it takes tensorstore to say."""
         dtype, fields = self.info.dtype, self.metadata
         known = dtype.isnative and (dtype.kind in "iufc" or dtype.name == "bfloat16")  # no dtype of less than a byte
         if not (known and self.can_be_stacked) or self._chunk_shape != fields["shape"] or sys.byteorder != "little":
             return None
         if self._is_v2:
-            is_raw = fields["compressor"] is None and fields["order"] == "C" and fields["dtype"][0] != ">"
-            return "array" if is_raw else None
+            is_plain = fields["order"] == "C" and fields["dtype"][0] != ">"
+            return _form_v2(fields["compressor"]) if is_plain else None
         codecs = fields["codecs"]
         if codecs[0]["name"] != "sharding_indexed":
-            return "array" if _are_bytes(codecs) else None
+            return _form_v3(codecs)
         sharding = codecs[0]["configuration"]
-        is_raw = len(codecs) == 1 and sharding["chunk_shape"] == fields["shape"] and _are_bytes(sharding["codecs"])
+        is_whole = len(codecs) == 1 and sharding["chunk_shape"] == fields["shape"]
         is_indexed = sharding.get("index_location", "end") == "end" and _are_bytes(sharding["index_codecs"], "crc32c")
-        return "shard" if is_raw and is_indexed else None
+        return "shard" if is_whole and is_indexed and _are_bytes(sharding["codecs"]) else None
 
     # -------------------------------------------------------------- stacks
 
@@ -120,6 +121,18 @@ class ArrayKind:
             "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
             "codecs": [first, *others],
         }
+
+
+def _form_v2(compressor: Mapping[str, Any] | None) -> Form | None:
+    if compressor is None:
+        return "bytes"
+    return "zstd" if compressor["id"] == "zstd" else None
+
+
+def _form_v3(codecs: Sequence[Mapping[str, Any]]) -> Form | None:
+    if _are_bytes(codecs):
+        return "bytes"
+    return "zstd" if _are_bytes(codecs, "zstd") else None
 
 
 def _are_bytes(codecs: Sequence[Mapping[str, Any]], *others: str) -> bool:
