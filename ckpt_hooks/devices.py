@@ -29,7 +29,7 @@ def put_free(arrays: Sequence[Any]) -> list[jax.Array]:
 
 
 def _default_device() -> jax.Device:
-    device = jax.config.jax_default_device  # of this thread; JAX sets it at run time
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
     if device is None:
         return jax.local_devices()[0]
     if isinstance(device, jax.Device):
