@@ -206,24 +206,35 @@ class MetadataStore(abc.ABC):
 
     @abc.abstractmethod
     def update(self, file_path: Any, **fields: Any) -> None:
-        """Replaces whole top-level keys of the file; a missing or damaged one becomes just these."""
+        """Replaces whole top-level keys of the file; a missing or damaged one becomes just these.
+
+        Raises OSError where the file cannot be read: what else stands in it would be lost.
+        """
 
     def read(self, file_path: Any) -> dict[str, Any] | None:
         """The file's content; None where it is missing, unreadable or not a JSON object."""
         try:
-            content = json.loads(epath.Path(file_path).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
+            return _content(file_path)
+        except OSError as error:
             _log.warning("cannot read %s: %s", file_path, error)
             return None
-        return content if isinstance(content, dict) else None
 
     def wait_until_finished(self) -> None:
         """Waits for what has been asked for; raises the first error."""
 
     def close(self) -> None:
         """Waits and gives up the worker; only a non-blocking writer needs it."""
+
+
+def _content(file_path: Any) -> dict[str, Any] | None:
+    try:
+        content = json.loads(epath.Path(file_path).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        _log.warning("cannot read %s: %s", file_path, error)
+        return None
+    return content if isinstance(content, dict) else None
 
 
 class _ReadOnlyStore(MetadataStore):
@@ -257,7 +268,7 @@ class _BlockingStore(MetadataStore):
 
     def update(self, file_path: Any, **fields: Any) -> None:
         with self._lock:
-            self.write(file_path, {**(self.read(file_path) or {}), **fields})
+            self.write(file_path, {**(_content(file_path) or {}), **fields})
 
 
 class _BackgroundStore(_BlockingStore):
@@ -285,7 +296,7 @@ class _BackgroundStore(_BlockingStore):
 
     def _update_now(self, file_path: Any, fields: Mapping[str, Any]) -> None:
         with self._lock:
-            super().write(file_path, {**(self.read(file_path) or {}), **fields})
+            super().write(file_path, {**(_content(file_path) or {}), **fields})
 
     def wait_until_finished(self) -> None:
         pending, self._pending = self._pending, []
