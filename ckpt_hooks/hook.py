@@ -23,6 +23,7 @@ from ckpt_hooks.errors import (
     Preempted,
     UnsupportedLeafError,
 )
+from ckpt_hooks.graph_objects import eval_shape
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
 from ckpt_hooks.processes import MultiprocessingOptions
@@ -315,9 +316,9 @@ class CheckpointHook:
 
 
 def _abstract_result(init_fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    eval_shape = getattr(init_fn, "eval_shape", None)
-    if eval_shape is not None:
-        return eval_shape(*args)  # a jitted function knows itself which of its arguments are static
+    own = getattr(init_fn, "eval_shape", None)
+    if own is not None:
+        return own(*args)  # a jitted function knows itself which of its arguments are static
     traced = [number for number, arg in enumerate(args) if _is_all_arrays(arg)]
 
     def init_of_arrays(*arrays: Any) -> Any:
@@ -326,7 +327,7 @@ def _abstract_result(init_fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             mixed[number] = array
         return init_fn(*mixed)
 
-    return jax.eval_shape(init_of_arrays, *(args[number] for number in traced))
+    return eval_shape(init_of_arrays, *(args[number] for number in traced))
 
 
 def _is_all_arrays(arg: Any) -> bool:

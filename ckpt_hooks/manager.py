@@ -17,12 +17,12 @@ from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Che
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     InvalidArgumentError,
-    InvalidArgumentTypeError,
     explain_os_error,
 )
+from ckpt_hooks.graph_objects import NNX, GraphObjects
 from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
-from ckpt_hooks.handlers.iterator import IteratorSaveArgs, is_stateful
+from ckpt_hooks.handlers.iterator import IteratorSaveArgs, require_stateful
 from ckpt_hooks.handlers.json import JsonCheckpointHandler, JsonRestoreArgs, JsonSaveArgs
 from ckpt_hooks.handlers.pytree import ArrayOptions, StandardCheckpointHandler, StandardSaveArgs
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
@@ -176,14 +176,20 @@ class CheckpointManager:
         )
 
     def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
+        if NNX in sys.modules:
+            taken = GraphObjects(state, items)
+            state, items = taken.state, taken.items
         args: dict[str, CheckpointArgs] = {
             name: StandardSaveArgs(part) for name, part in train_state.split(state).items()
         }
         for name, value in items.items():
-            _require_stateful(name, value)
             if name in args:
                 raise InvalidArgumentError(f"item {name!r} is a part of the state already; rename the keyword")
-            args[name] = IteratorSaveArgs(value)
+            if not isinstance(value, train_state.PureState):
+                require_stateful(name, value)
+            args[name] = (
+                StandardSaveArgs(value) if isinstance(value, train_state.PureState) else IteratorSaveArgs(value)
+            )
         if numbers and METRICS_ITEM not in args:
             args[METRICS_ITEM] = JsonSaveArgs(to_orbax_metrics(numbers))  # where Orbax's best_fn looks
         return CompositeArgs(**args)
@@ -271,17 +277,21 @@ class CheckpointManager:
     ) -> tuple[int, Any]:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
         self.wait()
-        for name, value in objects.items():
-            _require_stateful(name, value)
-        read = functools.partial(restore_checkpoint, like=like, items=items, cast=cast, objects=objects)
+        graphs = GraphObjects(like, objects)
+        graphs.check()
+        for name, value in graphs.items.items():
+            if not isinstance(value, train_state.PureState):
+                require_stateful(name, value)
+        read = functools.partial(restore_checkpoint, like=graphs.state, items=items, cast=cast, objects=graphs.items)
         if step is not None and step != "latest":
             number = self._best_or_raise() if step == "best" else check_step(step)
             restored, states = read(self._run.require(number))
         else:
             number, (restored, states) = read_newest(self._run, read)
-        for name, value in objects.items():
-            value.set_state(states[name])
-        return number, restored
+        for name, value in graphs.items.items():
+            if not isinstance(value, train_state.PureState):
+                value.set_state(states[name])
+        return number, graphs.update(restored, states)
 
     def _best_or_raise(self) -> int:
         best = self.best_step()
@@ -408,12 +418,3 @@ def _registry(array_options: ArrayOptions) -> DefaultCheckpointHandlerRegistry:
     # One handler for all parts of a state: what it may hold in memory is one bound.
     registry.add(None, StandardSaveArgs, StandardCheckpointHandler(array_options))
     return registry
-
-
-def _require_stateful(name: str, value: Any) -> None:
-    if not is_stateful(value):
-        raise InvalidArgumentTypeError(
-            f"{name}=: keyword items are stateful objects with get_state() and set_state(state), such as data "
-            f"iterators; a {type(value).__qualname__} is not. A pytree belongs into the state, which may be a dict: "
-            f'{{"train": state, "{name}": ...}}.'
-        )

@@ -142,7 +142,7 @@ def _restore(
     elif whole is not None:
         wanted_parts = {whole: like}
     else:
-        wanted_parts = checkpoint.parts_of(like, asked)
+        wanted_parts = checkpoint.parts_of(like, asked, objects)
     results = checkpoint.restore_items(wanted_parts, objects, with_target=like is not None, cast=cast)
     states = {name: results.pop(name) for name in objects}
     if like is None or asked is not None:
@@ -195,7 +195,7 @@ class _Checkpoint:
         for name, part in parts.items():
             args[name] = self._args(name, part, with_target=with_target, cast=cast)
         for name in objects:
-            args[name] = IteratorRestoreArgs()
+            args[name] = _object_args(objects[name], cast=cast)
         handler = CompositeCheckpointHandler(*args)
         path = epath.Path(self.path)
         restored = read_checkpoint(handler, path, CompositeArgs(**args)) if args else CompositeArgs()
@@ -221,7 +221,7 @@ class _Checkpoint:
         parts = train_state.split(like)
         return name if name in _SINGLE_ITEMS and parts.keys() != {name} else None
 
-    def parts_of(self, like: Any, asked: list[str] | None) -> dict[str, Any]:
+    def parts_of(self, like: Any, asked: list[str] | None, objects: Mapping[str, Any]) -> dict[str, Any]:
         """{item: the part of `like` that it is restored into}."""
         parts = train_state.split(like)
         wanted = parts if asked is None else {name: parts[name] for name in asked if name in parts}
@@ -234,13 +234,18 @@ class _Checkpoint:
                 f"{self.path} has no item {missing}; there are {sorted(self.saved)}. Restore the ones there are with "
                 "items=(...), and initialise the others."
             )
-        unexpected = sorted(self.trees - parts.keys()) if asked is None else []
+        unexpected = sorted(self.trees - parts.keys() - objects.keys()) if asked is None else []
         if unexpected:
             raise StructureMismatchError(
                 f"{self.path} has items {unexpected} that `like` lacks; `like` has {sorted(parts)}. Restore only what "
                 f"you want with items={tuple(sorted(parts.keys() & self.trees))}."
             )
         return {name: part for name, part in wanted.items() if name in self.saved}
+
+
+def _object_args(value: Any, *, cast: bool) -> CheckpointArgs:
+    """A graph object is a tree by now; of a stateful one the bare state is read."""
+    return StandardRestoreArgs(value, cast=cast) if isinstance(value, train_state.PureState) else IteratorRestoreArgs()
 
 
 def _is_tree_handler(recorded: str) -> bool:

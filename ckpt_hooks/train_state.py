@@ -8,16 +8,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from ckpt_hooks.errors import InvalidArgumentError
 
-__all__ = ["WHOLE", "join", "split"]
+__all__ = ["WHOLE", "PureState", "join", "split"]
 
 WHOLE = "state"  # the item of a state that has no named parts
+
+
+class PureState(dict[Any, Any]):
+    """The values of an NNX graph object: nested dicts that are one item, and which object of its call they are of."""
+
+    def __init__(self, values: Mapping[Any, Any], number: int) -> None:
+        super().__init__(values)
+        self.number = number
+
+
+def _flatten_with_keys(state: PureState) -> tuple[list[tuple[Any, Any]], tuple[int, tuple[Any, ...]]]:
+    names = tuple(sorted(state))
+    return [(jax.tree_util.DictKey(name), state[name]) for name in names], (state.number, names)
+
+
+def _unflatten(data: tuple[int, tuple[Any, ...]], values: Iterable[Any]) -> PureState:
+    number, names = data
+    return PureState(dict(zip(names, values, strict=True)), number)
+
+
+jax.tree_util.register_pytree_with_keys(PureState, _flatten_with_keys, _unflatten)
 
 
 def split(state: Any) -> dict[str, Any]:
@@ -58,7 +79,7 @@ def _named_parts(state: Any) -> dict[str, Any] | None:
         return {name: state[name] for name in sorted(state)}  # what follows gives the same, more slowly
     if _is_plain_dataclass(state):
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    if isinstance(state, Mapping) and not state:
+    if isinstance(state, PureState) or (isinstance(state, Mapping) and not state):
         return None
     try:
         children, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: node is not state)

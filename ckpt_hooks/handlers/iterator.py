@@ -29,7 +29,7 @@ from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSa
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.storage import commit
 
-__all__ = ["IteratorCheckpointHandler", "IteratorRestoreArgs", "IteratorSaveArgs", "is_stateful"]
+__all__ = ["IteratorCheckpointHandler", "IteratorRestoreArgs", "IteratorSaveArgs", "is_stateful", "require_stateful"]
 
 _PROCESS_FILE = re.compile(r"process_\d+-of-\d+\.json")  # also what Grain's Orbax handler writes
 _SUMMARY_FILE = "metadata"  # where Orbax, which takes this for a JSON item, looks
@@ -38,6 +38,16 @@ _SUMMARY_FILE = "metadata"  # where Orbax, which takes this for a JSON item, loo
 def is_stateful(value: Any) -> bool:
     """Whether an object can be saved and restored in place."""
     return callable(getattr(value, "get_state", None)) and callable(getattr(value, "set_state", None))
+
+
+def require_stateful(name: str, value: Any) -> None:
+    """Raises InvalidArgumentTypeError for a keyword item that is not stateful."""
+    if not is_stateful(value):
+        raise InvalidArgumentTypeError(
+            f"{name}=: keyword items are stateful objects with get_state() and set_state(state), such as data "
+            f"iterators, or NNX modules; a {type(value).__qualname__} is not. A pytree belongs into the state, which "
+            f'may be a dict: {{"train": state, "{name}": ...}}.'
+        )
 
 
 class IteratorCheckpointHandler(CheckpointHandler):
