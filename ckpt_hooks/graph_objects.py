@@ -74,6 +74,8 @@ class GraphObjects:
 
     def check(self) -> None:
         """Raises InvalidArgumentError for an object whose values cannot be set in place, before anything is read."""
+        if not self._objects:
+            return
         for number, (target, values) in enumerate(zip(self._objects, _values_of(self._objects), strict=True)):
             try:
                 if values:
@@ -108,7 +110,7 @@ def _is_pure(node: Any) -> bool:
 
 
 def _is_object(node: Any) -> bool:
-    return _is_object_class(type(node))
+    return _is_object_class(node.__class__)
 
 
 @functools.lru_cache(maxsize=4096)
