@@ -27,6 +27,7 @@ from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.handlers.pytree import ArrayOptions, StandardCheckpointHandler
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
 from ckpt_hooks.hook import CheckpointHook
+from ckpt_hooks.init_from import InitFrom
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.metadata import MetadataStore, StepMetadata, metadata_store
 from ckpt_hooks.processes import MultiprocessingOptions
@@ -56,6 +57,7 @@ __all__ = [
     "DefaultCheckpointHandlerRegistry",
     "EveryNSteps",
     "FileOptions",
+    "InitFrom",
     "IteratorCheckpointHandler",
     "JsonCheckpointHandler",
     "LatestN",

@@ -24,6 +24,7 @@ from ckpt_hooks.errors import (
     UnsupportedLeafError,
 )
 from ckpt_hooks.graph_objects import eval_shape
+from ckpt_hooks.init_from import InitFrom
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
 from ckpt_hooks.processes import MultiprocessingOptions
@@ -52,6 +53,8 @@ class CheckpointHook:
         raise `Preempted`. A second signal ends the process at once.
       raise_on_preemption: whether that call raises; if not, `preempted` is True and the loop has to end itself.
       preemption_signals: which signals ask the process to stop.
+      init_from: another run, one of its checkpoints, or an `InitFrom` that says more: while this run has no checkpoint
+        of its own, `restore` and `restore_or_init` take the parameters from there, and start at step 0.
       async_save: whether training goes on while a checkpoint is written.
       on_save_error: "raise" raises the failure of a background save at the next call; "warn" logs it, goes on,
         and tries again at the next trigger.
@@ -83,6 +86,7 @@ class CheckpointHook:
         save_on_preemption: bool = True,
         raise_on_preemption: bool = True,
         preemption_signals: Iterable[signal.Signals | int] = (signal.SIGTERM,),
+        init_from: Any = None,
         async_save: bool = True,
         on_save_error: Literal["raise", "warn"] = "raise",
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
@@ -94,6 +98,7 @@ class CheckpointHook:
     ) -> None:
         if on_save_error not in ("raise", "warn"):
             raise InvalidArgumentError(f"on_save_error is 'raise' or 'warn', got {on_save_error!r}")
+        self._init_from = init_from if init_from is None or isinstance(init_from, InitFrom) else InitFrom(init_from)
         self._triggers = Triggers.checked(every_n_steps, every_secs, on_steps)
         self._warns = on_save_error == "warn"
         self._raises_preempted = raise_on_preemption
@@ -232,7 +237,9 @@ class CheckpointHook:
         return self._start_step
 
     def restore(self, state: Any, **items: Any) -> Any:
-        """The newest checkpoint that verifies, in the structure of `state`; `state` itself in an empty run.
+        """The newest checkpoint that verifies, in the structure of `state`.
+
+        In an empty run it is `state` itself, with the parameters of `init_from`.
 
         Args:
           state: arrays or `jax.ShapeDtypeStruct`, with the shardings to restore into.
@@ -247,7 +254,7 @@ class CheckpointHook:
         except CheckpointNotFoundError:
             if self.manager.steps():
                 raise
-            return state
+            return state if self._init_from is None else self._init_from.fill(state)
         self._start_step = self._saved_step = step
         self._follow(step)
         _log.info("resumed from step %d of %s", step, self.manager.directory)
@@ -260,7 +267,8 @@ class CheckpointHook:
         of a jitted `init_fn` are kept, and arguments that are not arrays reach it untouched.
         """
         if self.manager.latest_step() is None:
-            return init_fn(*args)
+            state = init_fn(*args)
+            return state if self._init_from is None else self._init_from.fill(state)
         return self.restore(_abstract_result(init_fn, args), **items)
 
     # -------------------------------------------------------------- leaving

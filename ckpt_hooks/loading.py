@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_hooks import events, tree
+from ckpt_hooks.changes import EXACT, Changes, is_floating
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
 from ckpt_hooks.storage.reader import ArrayInfo, Database
@@ -60,28 +61,56 @@ class SavedTree:
 
     # -------------------------------------------------------------- restoring
 
-    def restore(self, like: Any = NO_TARGET, *, cast: bool = False) -> Any:
+    def restore(self, like: Any = NO_TARGET, changes: Changes = EXACT) -> Any:
         """The tree in the structure, types, dtypes and shardings of `like`, or as nested dicts and lists."""
-        item = os.path.basename(self._directory)
+        if changes.only:
+            changes.require_some(changes.renamed(self.leaves))
         if like is NO_TARGET:
-            return self._restore_plain()
+            return self._restore_plain(changes)
         targets = tree.named_leaves(like)
-        to_fit = match(self.leaves, targets, cast=cast, item=item)
-        found: dict[str, Any] = {**self._read(targets), **self._strings}
-        for name in to_fit:
-            found[name] = fit(name, self.leaves[name], found[name], targets[name], cast=cast)
-        values = [found[name] for name in targets]
-        place_on_devices(list(targets), values, list(targets.values()))
+        if changes.is_exact:
+            values = self._restore_leaves(self.leaves, targets, changes)
+        else:
+            saved_names = changes.renamed(self.leaves)
+            leaves = {name: self.leaves[old] for name, old in saved_names.items()}
+            wanted = changes.wanted(targets, leaves)
+            restored = dict(zip(wanted, self._restore_leaves(leaves, wanted, changes, saved_names), strict=True))
+            values = [restored.get(name, leaf) for name, leaf in targets.items()]
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
 
-    def _restore_plain(self) -> Any:
-        arrays = self._read(self.leaves)
+    def _restore_leaves(
+        self,
+        leaves: Mapping[str, SavedLeaf],
+        targets: Mapping[str, Any],
+        changes: Changes,
+        saved_names: Mapping[str, str] | None = None,
+    ) -> list[Any]:
+        """The values of the leaves of `like`, which `leaves` has under the same names."""
+        to_fit = match(leaves, targets, changes, item=os.path.basename(self._directory))
+        old_names = targets if saved_names is None else {saved_names[name]: None for name in targets}
+        found: dict[str, Any] = {**self._read(old_names), **self._strings}
+        if saved_names is not None:
+            found = {name: found[saved_names[name]] for name in targets}
+        for name in to_fit:
+            found[name] = fit(name, leaves[name], found[name], targets[name], cast=bool(changes.cast))
+        values = [found[name] for name in targets]
+        place_on_devices(list(targets), values, list(targets.values()))
+        return values
+
+    def _restore_plain(self, changes: Changes) -> Any:
+        records = [record for record in self._records if changes.selects(record.name)]
+        arrays = self._read(record.name for record in records if not record.is_empty)
+        if isinstance(changes.cast, np.dtype):
+            arrays = {
+                name: array.astype(changes.cast) if is_floating(array.dtype) else array
+                for name, array in arrays.items()
+            }
         return tree.nest(
             (record.keys, record.empty_value() if record.is_empty else self._plain_value(record, arrays))
-            for record in self._records
+            for record in records
         )
 
-    def _plain_value(self, record: tree.LeafRecord, arrays: dict[str, np.ndarray]) -> Any:
+    def _plain_value(self, record: tree.LeafRecord, arrays: Mapping[str, np.ndarray]) -> Any:
         saved = self.leaves[record.name]
         if saved.info is None:
             return self._strings[record.name]

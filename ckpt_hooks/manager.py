@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from etils import epath
 
 from ckpt_hooks import events, retention, train_state
+from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
@@ -143,7 +144,7 @@ class CheckpointManager:
         numbers = to_json_numbers(metrics) if metrics is not None else {}
         custom = {"step": step, "metrics": numbers}
         if metadata is not None:
-            custom |= _checked_metadata(metadata)
+            custom |= check_custom_metadata(metadata, reserved=_RESERVED)
         self.wait()
         # What cannot be saved is refused here, before the run is locked, made, or cleared of damaged steps.
         run, path = self._run, epath.Path(f"{self._run.path}/{step}")
@@ -250,7 +251,10 @@ class CheckpointManager:
         *,
         step: int | Literal["latest", "best"] | None = None,
         items: Iterable[str] | None = None,
-        cast: bool = False,
+        cast: Any = False,
+        missing: Literal["error", "keep"] = "error",
+        unexpected: Literal["error", "ignore"] = "error",
+        rename: Any = None,
         **objects: Any,
     ) -> Any:
         """Restores a state.
@@ -260,8 +264,9 @@ class CheckpointManager:
             `jax.ShapeDtypeStruct`; None gives {item: nested dicts and lists of NumPy arrays}.
           step: a step, which is then never replaced by another; "best" by the `BestN` in `keep`; None or
             "latest" the newest that verifies, each rejected one being logged with its reason.
-          items: the items to restore, as {item: value}; `like` is then such a dict or a whole state.
-          cast: whether a leaf of another dtype is converted; otherwise it is an error.
+          items: the items to restore, as {item: value}; `like` is then such a dict or a whole state. Also paths below
+            them, or patterns (``params/encoder``, ``params/*/kernel``): all other leaves keep their values in `like`.
+          cast, missing, unexpected, rename: how the checkpoint may differ from `like`; see `changes.Changes`.
           objects: stateful objects whose saved state is set in place, once everything else has been read.
 
         Raises:
@@ -270,10 +275,11 @@ class CheckpointManager:
           ItemNotFoundError: (KeyError) an item was not saved.
           NoValidCheckpointError: (CorruptCheckpointError) none verifies; the message has each one's reason.
         """
-        return self.restore_with_step(like, step=step, items=items, cast=cast, **objects)[1]
+        changes = Changes.checked(cast, missing, unexpected, rename, has_target=like is not None)
+        return self.restore_with_step(like, step=step, items=items, changes=changes, **objects)[1]
 
     def restore_with_step(
-        self, like: Any = None, *, step: Any = None, items: Any = None, cast: bool = False, **objects: Any
+        self, like: Any = None, *, step: Any = None, items: Any = None, changes: Changes = EXACT, **objects: Any
     ) -> tuple[int, Any]:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
         self.wait()
@@ -282,7 +288,9 @@ class CheckpointManager:
         for name, value in graphs.items.items():
             if not isinstance(value, train_state.PureState):
                 require_stateful(name, value)
-        read = functools.partial(restore_checkpoint, like=graphs.state, items=items, cast=cast, objects=graphs.items)
+        read = functools.partial(
+            restore_checkpoint, like=graphs.state, items=items, changes=changes, objects=graphs.items
+        )
         if step is not None and step != "latest":
             number = self._best_or_raise() if step == "best" else check_step(step)
             restored, states = read(self._run.require(number))
@@ -400,14 +408,6 @@ class CheckpointManager:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _checked_metadata(metadata: Any) -> dict[str, Any]:
-    checked = check_custom_metadata(metadata)
-    taken = sorted(_RESERVED & checked.keys())
-    if taken:
-        raise InvalidArgumentError(f"metadata: {taken} are written by the library; choose other keys")
-    return checked
 
 
 def _registry(array_options: ArrayOptions) -> DefaultCheckpointHandlerRegistry:

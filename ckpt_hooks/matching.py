@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_hooks import tree
+from ckpt_hooks.changes import Changes
 from ckpt_hooks.devices import put_bound, put_free
 from ckpt_hooks.errors import StructureMismatchError
 from ckpt_hooks.leaves import is_prng_key
@@ -19,6 +20,7 @@ from ckpt_hooks.storage.reader import ArrayInfo
 __all__ = ["SavedLeaf", "fit", "key_dtype", "match", "place_on_devices"]
 
 _ARRAY_TYPES = frozenset({"jax.Array", "np.ndarray"})
+_SHOWN = 8  # renamed leaves, in an error
 _KINDS = {bool: "bool", int: "integer", float: "float", complex: "complex"}
 
 
@@ -39,25 +41,29 @@ class SavedLeaf(NamedTuple):
         return f"{self.info.dtype}{list(self.info.shape)}"
 
 
-def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], *, cast: bool, item: str) -> list[str]:
+def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], changes: Changes, *, item: str) -> list[str]:
     """The wanted leaves that need `fit`, all others being wanted just as they are saved.
 
     Raises StructureMismatchError that lists every leaf, wanted or saved, that does not fit.
     """
     problems = []
     other = []
-    unexpected = [name for name in saved if name not in wanted]
+    absent = [name for name in saved if name not in wanted]
+    unexpected = [] if changes.unexpected == "ignore" or changes.only else absent
+    renamed = {}
     for name, value in wanted.items():
         leaf = saved.get(name)
         if leaf is not None and _is_same_array(leaf, value):
             continue
         if leaf is None:
-            meant = tree.nearest(name, unexpected or saved)
+            meant = tree.nearest(name, absent or saved)
             hint = f" (the checkpoint has {meant!r})" if meant else ""
+            if meant in absent:
+                renamed[changes.path(meant)] = changes.path(name)
             problems.append(f"missing     {_show(name)}: `like` wants {_describe(value)}, not saved{hint}")
             continue
         other.append(name)
-        problem = _misfit(leaf, value, cast=cast)
+        problem = _misfit(leaf, value, cast=bool(changes.cast))
         if problem:
             problems.append(problem.format(name=_show(name)))
     problems += [f"unexpected  {_show(name)}: saved as {saved[name]}, not in `like`" for name in unexpected]
@@ -65,10 +71,23 @@ def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], *, cast: bo
         raise StructureMismatchError(
             f"{item}: the checkpoint does not fit the structure to restore into ({len(problems)} leaves):\n  "
             + "\n  ".join(problems)
-            + "\nBuild `like` as it was when the checkpoint was saved, or restore without `like` to see what is "
-            "there; a dtype alone can be converted with `cast=True`."
+            + "\nBuild `like` as it was when the checkpoint was saved, or accept what differs: "
+            + _ways(problems, renamed)
         )
     return other
+
+
+def _ways(problems: Sequence[str], renamed: Mapping[str, str]) -> str:
+    """The arguments that would accept the problems."""
+    kinds = {problem.split(" ", 1)[0] for problem in problems}
+    ways = {
+        "missing": '`missing="keep"` keeps what `like` has',
+        "unexpected": '`unexpected="ignore"` leaves saved leaves out',
+        "retyped": "`cast=True` converts arrays of another dtype",
+        "reshaped": "nothing converts another shape",
+    }
+    rename = [f"`rename={dict(renamed)}` if that is what has changed"] if renamed and len(renamed) <= _SHOWN else []
+    return "; ".join([*rename, *(text for kind, text in ways.items() if kind in kinds)]) + "."
 
 
 def _is_same_array(saved: SavedLeaf, like: Any) -> bool:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from etils import epath
@@ -110,13 +110,13 @@ _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
 # ------------------------------------------------------------------ checking what users pass
 
 
-def check_custom_metadata(metadata: Any) -> dict[str, Any]:
+def check_custom_metadata(metadata: Any, reserved: Set[str] = frozenset()) -> dict[str, Any]:
     """A copy of the metadata as plain dicts. Raises before anything is written for what JSON would refuse or change.
 
     A copy, since it may be written in the background, while the caller goes on appending to a list in it.
 
-    InvalidArgumentError for something else than a mapping with string keys, NotSerializableError for a value
-    that is not JSON, naming the place.
+    InvalidArgumentError for something else than a mapping with string keys, or for a key that is `reserved`;
+    NotSerializableError for a value that is not JSON, naming the place.
     """
     if metadata is None:
         return {}
@@ -125,6 +125,9 @@ def check_custom_metadata(metadata: Any) -> dict[str, Any]:
     for key in metadata:
         if not isinstance(key, str):
             raise InvalidArgumentError(f"custom_metadata: keys are strings, got {key!r}")
+    taken = sorted(reserved & metadata.keys())
+    if taken:
+        raise InvalidArgumentError(f"metadata: {taken} are written by the library; choose other keys")
     return {key: _copy_json(element, f"custom_metadata[{key!r}]") for key, element in metadata.items()}
 
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 
-from ckpt_hooks import events, train_state
+from ckpt_hooks import events, train_state, tree
+from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     HandlerNotFoundError,
@@ -115,26 +116,26 @@ def restore_checkpoint(
     like: Any = None,
     *,
     items: Iterable[str] | None = None,
-    cast: bool = False,
+    changes: Changes = EXACT,
     objects: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads the checkpoint at `path`, as `CheckpointManager.restore` says: (the state, {object: its saved state}).
 
     No object is touched: what sets their states does so when nothing can fail any more.
     """
-    asked = None if items is None else _as_names(items)
-    return read_unchanged(path, lambda: _restore(path, like, asked, cast, objects or {}))
+    asked, selected = changes.selecting(items)
+    return read_unchanged(path, lambda: _restore(path, like, asked, selected, objects or {}))
 
 
 def _restore(
-    path: str, like: Any, asked: list[str] | None, cast: bool, objects: Mapping[str, Any]
+    path: str, like: Any, asked: list[str] | None, changes: Changes, objects: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    checkpoint = _Checkpoint(path)
+    checkpoint = _Checkpoint(path, changes)
     if checkpoint.is_single_tree:
         if asked is not None or objects:
             wanted = [*(asked or ()), *objects]
             raise ItemNotFoundError(f"{path} is one pytree without items, so it has no {wanted}; leave them out")
-        return checkpoint.restore_tree(like, cast=cast), {}
+        return checkpoint.restore_tree(like), {}
     whole = checkpoint.whole_item(like) if asked is None else None
     if like is None:
         names = checkpoint.restorable(objects) if asked is None else asked
@@ -143,7 +144,7 @@ def _restore(
         wanted_parts = {whole: like}
     else:
         wanted_parts = checkpoint.parts_of(like, asked, objects)
-    results = checkpoint.restore_items(wanted_parts, objects, with_target=like is not None, cast=cast)
+    results = checkpoint.restore_items(wanted_parts, objects, with_target=like is not None)
     states = {name: results.pop(name) for name in objects}
     if like is None or asked is not None:
         return results, states
@@ -152,17 +153,12 @@ def _restore(
     return train_state.join(like, {**train_state.split(like), **results}), states
 
 
-def _as_names(items: Iterable[str]) -> list[str]:
-    if isinstance(items, str):
-        raise InvalidArgumentError(f'items= is a list of names, as in items=("{items}",)')
-    return list(items)
-
-
 class _Checkpoint:
     """What there is in the directory of a checkpoint."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, changes: Changes = EXACT) -> None:
         self.path = path
+        self.changes = changes
         self.is_single_tree = StandardCheckpointHandler.recognizes(path)
         if self.is_single_tree:
             return
@@ -183,30 +179,35 @@ class _Checkpoint:
         # An item that has lost its files counts as a tree if its handler was one: it is damage, not absence.
         self.trees |= {name for name, handler in recorded.items() if _is_tree_handler(handler)}
 
-    def restore_tree(self, like: Any, *, cast: bool) -> Any:
-        args = StandardRestoreArgs(like, cast=cast)
+    def restore_tree(self, like: Any) -> Any:
+        args = StandardRestoreArgs(like, changes=self.changes.within(""))
         return read_checkpoint(StandardCheckpointHandler(), epath.Path(self.path), args)
 
     def restore_items(
-        self, parts: Mapping[str, Any], objects: Mapping[str, Any], *, with_target: bool, cast: bool
+        self, parts: Mapping[str, Any], objects: Mapping[str, Any], *, with_target: bool
     ) -> dict[str, Any]:
         """{item: its value}; of an item in `objects`, its bare state."""
         args: dict[str, CheckpointArgs | None] = {}
+        saved_names = self.changes.saved_items(parts)
         for name, part in parts.items():
-            args[name] = self._args(name, part, with_target=with_target, cast=cast)
+            args[saved_names[name]] = self._args(saved_names[name], part, with_target=with_target)
         for name in objects:
-            args[name] = _object_args(objects[name], cast=cast)
+            args[name] = _object_args(objects[name], self.changes.within(name))
         handler = CompositeCheckpointHandler(*args)
         path = epath.Path(self.path)
         restored = read_checkpoint(handler, path, CompositeArgs(**args)) if args else CompositeArgs()
-        nothing = {name for name in parts.keys() & self.trees if with_target and parts[name] is None}
-        return {name: None if name in nothing else value for name, value in restored.items()}
+        results = {name: restored[saved_names.get(name, name)] for name in (*parts, *objects)}
+        nothing = {
+            name for name, saved in saved_names.items() if saved in self.trees and with_target and parts[name] is None
+        }
+        return {name: None if name in nothing else value for name, value in results.items()}
 
-    def _args(self, name: str, part: Any, *, with_target: bool, cast: bool) -> CheckpointArgs | None:
+    def _args(self, name: str, part: Any, *, with_target: bool) -> CheckpointArgs | None:
         if name in self.saved and name not in self.trees:
             return None  # JSON, an iterator's state, somebody's own: by what the checkpoint says of it
         # To the handler None means no target; a target that is None holds as many leaves as an empty tuple.
-        return StandardRestoreArgs(() if part is None else part, cast=cast) if with_target else StandardRestoreArgs()
+        target = (() if part is None else part) if with_target else None
+        return StandardRestoreArgs(target, changes=self.changes.within(name))
 
     def restorable(self, objects: Mapping[str, Any]) -> list[str]:
         """What a restore without a target returns: everything but the metrics, which are metadata."""
@@ -228,24 +229,40 @@ class _Checkpoint:
         absent = [name for name in asked or () if name not in parts]
         if absent:
             raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
-        missing = [name for name, part in wanted.items() if name not in self.saved and jax.tree_util.tree_leaves(part)]
+        saved = self.changes.saved_items(wanted)
+        missing = [name for name, part in wanted.items() if saved[name] not in self.saved and _has_leaves(part)]
         if missing:
-            raise ItemNotFoundError(
-                f"{self.path} has no item {missing}; there are {sorted(self.saved)}. Restore the ones there are with "
-                "items=(...), and initialise the others."
-            )
-        unexpected = sorted(self.trees - parts.keys() - objects.keys()) if asked is None else []
-        if unexpected:
+            self._check_missing(missing, wanted)
+        unexpected = sorted(self.trees - set(saved.values()) - objects.keys()) if asked is None else []
+        if unexpected and self.changes.unexpected == "error":
             raise StructureMismatchError(
                 f"{self.path} has items {unexpected} that `like` lacks; `like` has {sorted(parts)}. Restore only what "
-                f"you want with items={tuple(sorted(parts.keys() & self.trees))}."
+                f"you want with items={tuple(sorted(parts.keys() & self.trees))}, leave the others out with "
+                'unexpected="ignore", or give them another name with rename={"saved item": "item of `like`"}.'
             )
-        return {name: part for name, part in wanted.items() if name in self.saved}
+        return {name: part for name, part in wanted.items() if saved[name] in self.saved}
+
+    def _check_missing(self, missing: list[str], wanted: Mapping[str, Any]) -> None:
+        if self.changes.missing == "error":
+            raise ItemNotFoundError(
+                f"{self.path} has no item {missing}; there are {sorted(self.saved)}. Restore the ones there are with "
+                'items=(...), keep those of `like` with missing="keep", or rename={"saved item": "item of `like`"}.'
+            )
+        for name in missing:
+            self.changes.within(name).wanted(tree.named_leaves(wanted[name]), {})  # raises where there is none to keep
 
 
-def _object_args(value: Any, *, cast: bool) -> CheckpointArgs:
+def _has_leaves(part: Any) -> bool:
+    return bool(jax.tree_util.tree_leaves(part))
+
+
+def _object_args(value: Any, changes: Changes) -> CheckpointArgs:
     """A graph object is a tree by now; of a stateful one the bare state is read."""
-    return StandardRestoreArgs(value, cast=cast) if isinstance(value, train_state.PureState) else IteratorRestoreArgs()
+    return (
+        StandardRestoreArgs(value, changes=changes)
+        if isinstance(value, train_state.PureState)
+        else IteratorRestoreArgs()
+    )
 
 
 def _is_tree_handler(recorded: str) -> bool:

@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from ckpt_hooks import processes, tree
+from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import InvalidArgumentError, UnsupportedLeafError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
 from ckpt_hooks.leaves import (
@@ -121,7 +122,8 @@ class StandardCheckpointHandler(CheckpointHandler):
         args = StandardRestoreArgs() if args is None else args
         with _collection_paused():
             saved = SavedTree(os.fspath(directory), verify=args.verify)
-            return saved.restore(NO_TARGET if args.item is None else args.item, cast=args.cast)
+            changes = args.changes or Changes(cast=args.cast)
+            return saved.restore(NO_TARGET if args.item is None else args.item, changes)
 
     def metadata(self, directory: epath.Path) -> Any:
         """The tree with a `jax.ShapeDtypeStruct` for each array."""
@@ -155,11 +157,13 @@ class StandardRestoreArgs(CheckpointArgs):
         None gives nested dicts and lists of NumPy arrays.
       cast: whether a leaf of another dtype is converted; otherwise it is an error.
       verify: whether every byte that is read is checked against its checksum.
+      changes: what else may differ, with paths inside this item; its `cast` then counts.
     """
 
     item: Any = None
     cast: bool = False
     verify: bool = True
+    changes: Changes | None = None
 
 
 # ------------------------------------------------------------------ the plan

@@ -1,0 +1,74 @@
+"""Where a run's first state comes from: the parameters of another run, as fine-tuning starts with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from ckpt_hooks import train_state
+from ckpt_hooks.changes import Changes
+from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError
+from ckpt_hooks.manager import CheckpointManager
+from ckpt_hooks.temporary_paths import is_committed
+
+__all__ = ["InitFrom"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFrom:
+    """Parts of a state that come from another run when this one has no checkpoint yet.
+
+    Attributes:
+      directory: a run, or one checkpoint of it (``runs/base/1000``).
+      items: which items, or paths below them as in `CheckpointManager.restore`; everything else stays as it was made.
+      step: of a run: a step, "best", or None for the newest that verifies.
+      cast, missing, unexpected, rename: how they may differ, as in `CheckpointManager.restore`.
+
+    >>> import numpy as np, tempfile
+    >>> base = tempfile.mkdtemp()
+    >>> with CheckpointManager(base) as manager:
+    ...     manager.save(7, {"params": {"w": np.ones(2)}, "step": 7})
+    >>> InitFrom(base).fill({"params": {"w": np.zeros(2)}, "step": 0})
+    {'params': {'w': array([1., 1.])}, 'step': 0}
+    """
+
+    directory: Any
+    items: Iterable[str] = ("params",)
+    step: int | Literal["latest", "best"] | None = None
+    cast: Any = False
+    missing: Literal["error", "keep"] = "error"
+    unexpected: Literal["error", "ignore"] = "error"
+    rename: Any = None
+
+    def __post_init__(self) -> None:
+        self._changes().selecting(self.items)  # so that a mistake is told at the start of the program
+
+    def _changes(self) -> Changes:
+        return Changes.checked(self.cast, self.missing, self.unexpected, self.rename, has_target=True)
+
+    def fill(self, state: Any) -> Any:
+        """The state with these items as they were saved there.
+
+        Raises CheckpointNotFoundError where there is nothing, and what `CheckpointManager.restore` raises.
+        """
+        directory, step = self._run_and_step()
+        with CheckpointManager(directory) as manager:
+            if manager.latest_step() is None:
+                raise CheckpointNotFoundError(f"init_from: {directory} has no checkpoint to begin with")
+            found, parts = manager.restore_with_step(state, step=step, items=self.items, changes=self._changes())
+        _log.info("%s begin as they were at step %d of %s", sorted(parts), found, directory)
+        return train_state.join(state, {**train_state.split(state), **parts})
+
+    def _run_and_step(self) -> tuple[str, Any]:
+        path = os.path.abspath(os.fspath(self.directory))
+        run, name = os.path.split(path)
+        if not (name.isascii() and name.isdecimal() and is_committed(path)):
+            return path, self.step
+        if self.step is not None:
+            raise InvalidArgumentError(f"init_from: {path} is a checkpoint, so step={self.step!r} has no meaning")
+        return run, int(name)
