@@ -22,6 +22,7 @@ from typing import Any, Self
 from etils import epath
 
 from ckpt_hooks import events, processes
+from ckpt_hooks.agreement import OperationBarriers
 from ckpt_hooks.errors import InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
@@ -191,11 +192,11 @@ class Checkpointer:
         try:
             save.custom_metadata = check_custom_metadata(custom_metadata)
             self._barrier("save_start", operation)
-            if os.path.lexists(final):
+            if self._is_primary and os.path.lexists(final):
                 check_destination(final, self._temporary_path_class, force=force)
             staged = args if isinstance(args, StagedSave) else self.stage(args)
             staged_secs = time.perf_counter()
-            self._create(temporary, final, staged.nbytes, operation)
+            self._create(temporary, final, staged.nbytes, operation, staged.claim)
             if staged.begin is not None:
                 staged.begin(temporary.get())
             if self._goes_on and staged.detach is not None:
@@ -208,8 +209,8 @@ class Checkpointer:
             raise failure from error if failure is not error else error.__cause__
         return save
 
-    def _create(self, temporary: TemporaryPath, final: epath.Path, nbytes: int, operation: int) -> None:
-        self._barrier("create_tmp_directory:pre", operation)
+    def _create(self, temporary: TemporaryPath, final: epath.Path, nbytes: int, operation: int, claim: str) -> None:
+        self._barrier("create_tmp_directory:pre", operation, f"{final} {claim}")
         if self._is_primary:
             require_free_bytes(os.fspath(final), nbytes)
             temporary.create()
@@ -249,6 +250,7 @@ class Checkpointer:
 
     def _failed(self, save: _Save, error: BaseException) -> BaseException:
         """Clears up after a save that failed, and reports it; the error to raise says what to do."""
+        self._barriers(save.operation).fail(error)
         if self._is_primary:
             try:
                 save.temporary.discard()
@@ -292,7 +294,7 @@ class Checkpointer:
 
     async def create_temporary_path(self, temporary_path: TemporaryPath) -> epath.Path:
         """Makes the directory of a temporary path, between the same barriers as a save does."""
-        self._create(temporary_path, temporary_path.get_final(), 0, processes.next_operation_id())
+        self._create(temporary_path, temporary_path.get_final(), 0, processes.next_operation_id(), "")
         return temporary_path.get()
 
     def synchronize_next_awaitable_signal_operation_id(self) -> int:
@@ -310,12 +312,16 @@ class Checkpointer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _barrier(self, name: str, operation: int) -> None:
+    def _barrier(self, name: str, operation: int, claim: str = "") -> None:
+        if not self._is_alone:
+            return self._barriers(operation).meet(name, claim)
         key = f"{self._barrier_prefix}Checkpointer:{name}.{operation}"
-        if self._is_alone:
-            events.record_duration_secs(events.BARRIER_SECS, 0.0, key=key)
-        else:
-            processes.barrier(key, self._multiprocessing_options, self._barrier_timeout_secs)
+        return events.record_duration_secs(events.BARRIER_SECS, 0.0, key=key)
+
+    def _barriers(self, operation: int) -> OperationBarriers:
+        return OperationBarriers(
+            f"{self._barrier_prefix}Checkpointer.{operation}", self._multiprocessing_options, self._barrier_timeout_secs
+        )
 
 
 class AsyncCheckpointer(Checkpointer):

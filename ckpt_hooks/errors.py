@@ -162,6 +162,14 @@ class BarrierTimeoutError(CheckpointError, TimeoutError):
     """At least one process did not arrive at a barrier in time."""
 
 
+class OtherProcessError(CheckpointError, RuntimeError):
+    """Another process of this save or restore has failed; the message says which and why."""
+
+
+class ProcessesDisagreeError(CheckpointError, ValueError):
+    """Processes that save or restore together were not given the same; the message names them."""
+
+
 class SaveFailedError(CheckpointError, RuntimeError):
     """A save in the background failed; the reason is the ``__cause__``."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from typing import Any
 
 import jax
 
@@ -22,7 +23,10 @@ __all__ = [
     "decide_on_primary",
     "index",
     "next_operation_id",
+    "publish",
+    "published",
     "reached_preemption_sync_point",
+    "wait_for",
 ]
 
 DEFAULT_BARRIER_TIMEOUT_SECS = 300.0
@@ -67,6 +71,10 @@ class MultiprocessingOptions:
                 f"process {index()} is not one of active_processes={sorted(self.active_processes)}; "
                 "only those may call this checkpointer."
             )
+
+    def members(self) -> frozenset[int]:
+        """The processes that take part."""
+        return frozenset(range(count()) if self.active_processes is None else self.active_processes)
 
     def key(self, name: str) -> str:
         """The name of a barrier, with the prefix that was asked for."""
@@ -119,6 +127,34 @@ def _wait(key: str, members: list[int] | None, timeout_secs: float) -> None:
         raise BarrierTimeoutError(
             f"process {index()} waited {timeout_secs:g} s at barrier {key!r} and not every process came: {error}"
         ) from error
+
+
+def _client() -> Any:
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    assert client is not None, "asked only where there are several processes"
+    return client
+
+
+def publish(key: str, value: str) -> None:
+    """Puts a line where every process can read it."""
+    _client().key_value_set(key, value, allow_overwrite=True)
+
+
+def published(folder: str) -> dict[str, str]:
+    """{key below `folder`, which ends with a slash: line} of what was published there."""
+    return {key.removeprefix(folder): value for key, value in _client().key_value_dir_get(folder)}
+
+
+def wait_for(key: str, timeout_secs: float) -> str | None:
+    """A published line, as soon as it is there; None where it is not there in time."""
+    try:
+        return str(_client().blocking_key_value_get(key, max(1, int(timeout_secs * 1000))))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise
 
 
 def decide_on_primary(key: str, answer: bool, timeout_secs: float = DEFAULT_BARRIER_TIMEOUT_SECS) -> bool:

@@ -212,7 +212,11 @@ class NestedTemporaryPath(AtomicRenameTemporaryPath):
     """An item inside a checkpoint that is temporary itself: the checkpoint's commit makes both durable."""
 
     def create(self) -> epath.Path:
-        commit.make_directory(os.fspath(self._temporary), self._file_options.path_permission_mode)
+        path = os.fspath(self._temporary)
+        if not self._multiprocessing_options.is_primary():
+            os.makedirs(path, exist_ok=True)  # whoever comes first; the checkpoint's directory is fresh
+        elif not os.path.isdir(path):
+            commit.make_directory(path, self._file_options.path_permission_mode)
         self._created = True
         return self._temporary
 

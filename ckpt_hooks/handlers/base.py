@@ -53,6 +53,7 @@ class StagedSave:
         the copies.
       nbytes: how many bytes `write` will write, as far as known.
       recorded_name: by which a composite records the item's handler, where the handler's own name does not do.
+      claim: what every process of a save has to have alike, in words; empty where there is one process.
     """
 
     write: Callable[[epath.Path], None]
@@ -60,6 +61,7 @@ class StagedSave:
     detach: Callable[[epath.Path], None] | None = None
     nbytes: int = 0
     recorded_name: str | None = None
+    claim: str = ""
 
 
 class CheckpointHandler(abc.ABC):

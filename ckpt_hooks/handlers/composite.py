@@ -182,6 +182,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
             begin,
             functools.partial(self._detach_items, staged),
             sum([item.nbytes for item in staged.values()]),
+            claim="; ".join([f"{name}: {item.claim}" for name, item in staged.items()]),
         )
 
     def _begin_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:

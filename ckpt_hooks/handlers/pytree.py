@@ -40,6 +40,7 @@ from ckpt_hooks.leaves import (
 )
 from ckpt_hooks.loading import NO_TARGET, SavedTree
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import digest
 from ckpt_hooks.storage.compression import CompressingWriter
 from ckpt_hooks.storage.layout import Layout
 from ckpt_hooks.storage.memory import host_bytes
@@ -107,6 +108,7 @@ class StandardCheckpointHandler(CheckpointHandler):
             detach=functools.partial(self._detach, writer),
             nbytes=plan.layout.files[self._process].nbytes,
             recorded_name=plan.recorded_name,
+            claim=plan.claim,
         )
 
     def _detach(self, writer: ArrayWriter, directory: epath.Path) -> None:
@@ -188,11 +190,19 @@ class Plan:
         is_none = [leaf.keys for leaf in named if leaf.is_empty and tree.empty_type(leaf.value) == "None"] == [()]
         is_complex = any(isinstance(leaf.value, complex) for leaf in named)
         self.recorded_name = _ORBAX_PYTREE_HANDLER if is_none or is_complex else None
+        self._is_shared = num_processes > 1
         self._array_metadata = array_metadata_file(self._leaves)
         self._primary_files = {
             tree.METADATA_FILE: tree_metadata_file(named, self._leaves),
             tree.SHARDING_FILE: sharding_file(self._names, self._leaves),
         }
+        self.claim = self._claim() if self._is_shared else ""
+
+    def _claim(self) -> str:
+        """A few words on names, types, shapes and shardings, for the other processes to compare with theirs."""
+        dtypes = [str(leaf.array and (leaf.array.dtype, leaf.array.shape)) for leaf in self._leaves]
+        content = b"".join([*self._primary_files.values(), self._array_metadata, *map(str.encode, dtypes)])
+        return f"{len(self._leaves)} leaves of structure {digest(content):016x}"
 
     @classmethod
     def of(cls, item: Any, num_processes: int, compresses: bool = False) -> tuple[Plan, Sequence[Any]]:
@@ -243,7 +253,7 @@ class Plan:
     def write(self, writer: ArrayWriter, strings: dict[str, str], process: int, directory: epath.Path) -> None:
         """Writes the files of one process; they are durable only after `commit.sync_tree`."""
         path = os.fspath(directory)
-        os.mkdir(os.path.join(path, tree.ARRAY_METADATA_FOLDER))
+        os.makedirs(os.path.join(path, tree.ARRAY_METADATA_FOLDER), exist_ok=self._is_shared)
         files = {f"{tree.ARRAY_METADATA_FOLDER}/process_{process}": self._array_metadata}
         files |= writer.write(path)
         if process == 0:

@@ -9,6 +9,10 @@ part of a large one or of a node of the index), so that a restore checks only wh
     then per piece     uint64 offset | uint64 length | uint64 XXH3-64        (little-endian, file by file)
     last 8 bytes       uint64 XXH3-64 of everything before
 
+Where several processes write an item, each writes the table of its own data file: process 0 the one above, whose
+line has a field more, ``"tables": <number of processes>``, and process 3 ``_ARRAY_CHECKSUMS.3``. Nothing has to
+reach process 0 but the digests of these tables, which it takes with those of all other files at the commit.
+
 ``_CHECKSUMS``, in the checkpoint's own directory, covers every other file of the checkpoint, the items'
 ``_ARRAY_CHECKSUMS`` among them, so that an item swapped in from another step does not pass. It is text, in the
 manner of ``sha256sum``; a file that `record_metrics` is about to replace stands there twice, old and new, so
@@ -54,16 +58,24 @@ digest = xxhash.xxh3_64_intdigest
 # ------------------------------------------------------------------ array checksums
 
 
+def array_file(process: int) -> str:
+    """The table of the data file of a process."""
+    return ARRAY_FILE if process == 0 else f"{ARRAY_FILE}.{process}"
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayChecksums:
     """The pieces of the data files of one pytree item: {path: (pieces, size of the file)}."""
 
     files: Mapping[str, tuple[Pieces, int]]
 
+    num_tables: int = 1
+
     def encode(self) -> bytes:
         """The file ``_ARRAY_CHECKSUMS``."""
         table = [[path, len(pieces), nbytes] for path, (pieces, nbytes) in self.files.items()]
-        head = json.dumps({"format": 1, "files": table}).encode() + b"\n"
+        fields = {"format": 1, "files": table} | ({"tables": self.num_tables} if self.num_tables > 1 else {})
+        head = json.dumps(fields).encode() + b"\n"
         body = head + b"".join(pieces.tobytes() for pieces, _ in self.files.values())
         return body + struct.pack("<Q", digest(body))
 
@@ -75,10 +87,33 @@ class ArrayChecksums:
             raise CorruptCheckpointError(f"{path} fails its own checksum")
         head, _, rest = body.partition(b"\n")
         files = {}
-        for name, num, nbytes in json.loads(head)["files"]:
+        fields = json.loads(head)
+        for name, num, nbytes in fields["files"]:
             pieces, rest = np.frombuffer(rest[: num * PIECE.itemsize], PIECE), rest[num * PIECE.itemsize :]
             files[name] = (pieces, nbytes)
-        return cls(files)
+        return cls(files, fields.get("tables", 1))
+
+    @classmethod
+    def read(cls, directory: str) -> ArrayChecksums:
+        """The tables of all processes that wrote an item.
+
+        Raises CorruptCheckpointError where one is missing or does not verify itself.
+        """
+        first = cls._read_one(directory, 0)
+        others = [cls._read_one(directory, process) for process in range(1, first.num_tables)]
+        files = dict(first.files)
+        for other in others:
+            files.update(other.files)
+        return cls(files, first.num_tables) if others else first
+
+    @classmethod
+    def _read_one(cls, directory: str, process: int) -> ArrayChecksums:
+        path = os.path.join(directory, array_file(process))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return cls.decode(file.read(), path)
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(f"{path} is missing") from error
 
     def table(self, file: str) -> PieceTable:
         """The pieces of a file."""
@@ -246,8 +281,7 @@ def array_problems(directory: str) -> Iterator[str]:
     for folder, _, names in os.walk(directory):
         if ARRAY_FILE in names:
             try:
-                with open(os.path.join(folder, ARRAY_FILE), "rb") as file:
-                    yield from ArrayChecksums.decode(file.read()).problems(folder)
+                yield from ArrayChecksums.read(folder).problems(folder)
             except CorruptCheckpointError as error:
                 yield f"{folder}: {error}"
 

@@ -71,8 +71,7 @@ class Database:
     def __init__(self, directory: str, *, verify: bool = True) -> None:
         self._directory = directory
         self._verify = verify
-        table = os.path.join(directory, ARRAY_FILE)
-        self._checksums = ArrayChecksums.decode(_read_file(table), table)
+        self._checksums = ArrayChecksums.read(directory)
         self._pieces: dict[str, PieceTable] = {}
         self._numbers: dict[bytes, int] = {}  # of the values, by their keys
         self._nbytes, self._files, self._offsets = (np.zeros(0, np.int64) for _ in range(3))

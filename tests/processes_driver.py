@@ -1,0 +1,137 @@
+"""What each of several real processes does in `test_processes.py`: all scenarios, one after another.
+
+Prints one line of JSON, {scenario: what this process saw}. A scenario that raises is reported with its error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import ckpt_hooks
+from ckpt_hooks.handlers.composite import CompositeArgs
+from ckpt_hooks.temporary_paths import absolute_path
+
+PROCESS, COUNT, ADDRESS, FOLDER = 0, 1, "", Path()
+if __name__ == "__main__":
+    PROCESS, COUNT, ADDRESS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+
+
+def values() -> dict[str, np.ndarray]:
+    """What is saved, which no process has all of but this one."""
+    return {
+        "kernel": np.arange(64 * 48, dtype=np.float32).reshape(64, 48),
+        "bias": np.arange(48, dtype=np.float32),
+        "scale": np.full((8,), 3, np.float32),
+    }
+
+
+def global_array(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def state(mesh: Mesh, *, more: float = 0.0) -> dict[str, Any]:
+    specs = {"kernel": PartitionSpec("x", "y"), "bias": PartitionSpec("x"), "scale": PartitionSpec()}
+    return {
+        name: global_array(value + np.float32(more), NamedSharding(mesh, specs[name]))
+        for name, value in values().items()
+    }
+
+
+def mesh_of(*shape: int) -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(shape), ("x", "y"))
+
+
+def is_equal(array: jax.Array, expected: np.ndarray) -> bool:
+    return all(np.array_equal(np.asarray(shard.data), expected[shard.index]) for shard in array.addressable_shards)
+
+
+def save_and_restore() -> Any:
+    """One checkpoint results, and each process gets its shards back, in another mesh too."""
+    saved = state(mesh_of(COUNT, 2))
+    with ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(FOLDER / "plain", saved)
+        other = state(mesh_of(2, COUNT), more=1.0)
+        targets = [saved, other]
+        restored = [checkpointer.restore(FOLDER / "plain", target) for target in targets]
+    return [
+        is_equal(array[name], expected) and array[name].sharding == target[name].sharding
+        for array, target in zip(restored, targets, strict=True)
+        for name, expected in values().items()
+    ]
+
+
+def save_items_in_background() -> Any:
+    handler = ckpt_hooks.CompositeCheckpointHandler()
+    with ckpt_hooks.AsyncCheckpointer(handler, timeout_secs=60) as checkpointer:
+        items = {"params": ckpt_hooks.args.StandardSave(state(mesh_of(2, COUNT)))}
+        items["config"] = ckpt_hooks.args.JsonSave({"layers": 3})
+        checkpointer.save(FOLDER / "items", args=CompositeArgs(**items))
+        checkpointer.wait_until_finished()
+    return sorted(os.listdir(FOLDER / "items"))
+
+
+def other_structure() -> Any:
+    """The last process has a leaf more."""
+    saved = state(mesh_of(COUNT, 2))
+    if PROCESS == COUNT - 1:
+        saved["more"] = saved["bias"]
+    with ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(FOLDER / "disagreed", saved)
+
+
+def failing_process() -> Any:
+    """The last process cannot write its data file: all others are told at once."""
+    handler = ckpt_hooks.StandardCheckpointHandler()
+    start_secs = time.monotonic()
+    with ckpt_hooks.AsyncCheckpointer(handler, timeout_secs=60) as checkpointer:
+        if PROCESS == COUNT - 1:
+            staged = checkpointer.stage(ckpt_hooks.args.StandardSave(state(mesh_of(COUNT, 2))))
+
+            def fail(directory: Any) -> None:
+                raise OSError(5, "the disk of the last process failed", str(directory))
+
+            broken = dataclasses.replace(staged, write=fail)
+            checkpointer.save_args(absolute_path(FOLDER / "failed"), broken)
+        else:
+            checkpointer.save(FOLDER / "failed", state(mesh_of(COUNT, 2)))
+        try:
+            checkpointer.wait_until_finished()
+        finally:
+            assert time.monotonic() - start_secs < 20, "the others waited for the timeout"
+
+
+def absent_process() -> Any:
+    """The last process does not come."""
+    if PROCESS == COUNT - 1:
+        return None
+    with ckpt_hooks.AsyncCheckpointer(ckpt_hooks.StandardCheckpointHandler(), timeout_secs=2) as checkpointer:
+        checkpointer.save(FOLDER / "absent", state(mesh_of(COUNT, 2)))
+    return None
+
+
+SCENARIOS = [save_and_restore, save_items_in_background, other_structure, failing_process, absent_process]
+
+
+def main() -> None:
+    jax.distributed.initialize(ADDRESS, COUNT, PROCESS, coordinator_bind_address=ADDRESS)
+    report: dict[str, Any] = {}
+    for scenario in SCENARIOS:
+        try:
+            report[scenario.__name__] = scenario()
+        except Exception as error:
+            report[scenario.__name__] = f"{type(error).__name__}: {error}"
+    (FOLDER / f"report_{PROCESS}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
