@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 
 from ckpt_hooks import events, processes
-from ckpt_hooks.errors import BarrierTimeoutError, OtherProcessError, ProcessesDisagreeError
+from ckpt_hooks.errors import BarrierTimeoutError, CheckpointError, OtherProcessError, ProcessesDisagreeError
 from ckpt_hooks.processes import MultiprocessingOptions
 
 __all__ = ["OperationBarriers"]
@@ -54,17 +54,24 @@ class OperationBarriers:
                 self._ask(name, claim)
         events.record_duration_secs(events.BARRIER_SECS, time.perf_counter() - start_secs, key=f"{self._key}/{name}")
 
-    def fail(self, error: BaseException) -> None:
-        """Tells the others, who wait at a barrier of this operation or will come to one."""
+    def fail(self, error: BaseException) -> BaseException:
+        """Tells the others, who wait at a barrier of this operation or will come to one; returns what failed first."""
         if self._primary is None or len(self._members) == 1:
-            return
+            return error
         if isinstance(error, OtherProcessError | ProcessesDisagreeError | BarrierTimeoutError):
-            return  # they know: it came from the answer that all of them got
+            return error  # they know: it came from the answer that all of them got
+        end = processes.published(self._key + "/").get("end")
+        if end is not None:  # this process was still writing when the primary removed what there was
+            try:
+                _raise(*end.split("\n", 1))
+            except CheckpointError as first:
+                return first
         line = f"process {processes.index()} failed: {type(error).__name__}: {error}"
         if processes.index() == self._primary:
             processes.publish(f"{self._key}/end", f"{_FAILED}\n{line}")
         else:
             processes.publish(f"{self._key}/failed/{processes.index()}", line)
+        return error
 
     # -------------------------------------------------------------- the primary
 

@@ -250,7 +250,7 @@ class Checkpointer:
 
     def _failed(self, save: _Save, error: BaseException) -> BaseException:
         """Clears up after a save that failed, and reports it; the error to raise says what to do."""
-        self._barriers(save.operation).fail(error)
+        error = self._barriers(save.operation).fail(error)
         if self._is_primary:
             try:
                 save.temporary.discard()
@@ -319,9 +319,8 @@ class Checkpointer:
         return events.record_duration_secs(events.BARRIER_SECS, 0.0, key=key)
 
     def _barriers(self, operation: int) -> OperationBarriers:
-        return OperationBarriers(
-            f"{self._barrier_prefix}Checkpointer.{operation}", self._multiprocessing_options, self._barrier_timeout_secs
-        )
+        key = f"{self._barrier_prefix}Checkpointer.{operation}"
+        return OperationBarriers(key, self._multiprocessing_options, self._barrier_timeout_secs)
 
 
 class AsyncCheckpointer(Checkpointer):
