@@ -213,10 +213,11 @@ class NestedTemporaryPath(AtomicRenameTemporaryPath):
 
     def create(self) -> epath.Path:
         path = os.fspath(self._temporary)
-        if not self._multiprocessing_options.is_primary():
-            os.makedirs(path, exist_ok=True)  # whoever comes first; the checkpoint's directory is fresh
-        elif not os.path.isdir(path):
+        try:
             commit.make_directory(path, self._file_options.path_permission_mode)
+        except FileExistsError:  # the checkpoint's directory is fresh: another process of this save was first
+            if not os.path.isdir(path):
+                raise
         self._created = True
         return self._temporary
 

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ class Group(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Group:
     """Started once, for all tests."""
     count, folder = request.param, tmp_path_factory.mktemp("processes")
     with socket.socket() as probe:
@@ -56,7 +55,7 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for process in running:
             process.kill()
     assert codes == [0] * count
-    yield Group([json.loads((folder / f"report_{number}.json").read_text()) for number in range(count)], folder)
+    return Group([json.loads((folder / f"report_{number}.json").read_text()) for number in range(count)], folder)
 
 
 def test_every_process_gets_its_shards_back_in_the_same_mesh_and_in_another(group: Group) -> None:
