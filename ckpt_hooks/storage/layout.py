@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_hooks.storage import ocdbt
-from ckpt_hooks.storage.checksums import DATA_FOLDER
+from ckpt_hooks.storage.checksums import DATA_FOLDER, array_file
 
 __all__ = [
     "ArraySpec",
@@ -136,6 +136,7 @@ class DataFile:
 
     Attributes:
       name: of the file, relative to the item.
+      table_name: of the file with its checksums.
       nbytes: the size of the file up to now.
       blocks: what is written, in the order of the offsets; the last one may still grow.
       constants: what blocks refer to as -1, -2, ...; in reverse, so that they can stand behind the sources in one list.
@@ -143,6 +144,7 @@ class DataFile:
 
     def __init__(self, process: int) -> None:
         self.name = data_file_name(process)
+        self.table_name = array_file(process)
         self.nbytes = 0
         self.blocks: list[Block] = []
         # -1 to -63: the gaps between two chunks, which are zero.

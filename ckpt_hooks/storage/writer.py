@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 
 from ckpt_hooks.storage import commit, ocdbt
-from ckpt_hooks.storage.checksums import PIECE, ArrayChecksums, array_file, digest
+from ckpt_hooks.storage.checksums import PIECE, ArrayChecksums, digest
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.layout import SMALL_CHUNK_BYTES, Block, DataFile, Layout
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, host_bytes
@@ -103,7 +103,7 @@ class ArrayWriter:
 
     def __init__(self, layout: Layout, process: int, sources: Sources) -> None:
         self._file: DataFile = layout.files[process]
-        self._process, self._num_processes = process, len(layout.files)
+        self._num_processes = len(layout.files)
         self._blocks = self._file.blocks  # of the caller's memory
         self._manifest_template = layout.manifest if process == 0 else None
         self._mutable, self._remote = sources.mutable, dict(sources.remote)
@@ -201,7 +201,7 @@ class ArrayWriter:
         pieces["offset"], pieces["nbytes"] = np.array(places, np.uint64).reshape(-1, 2).T
         pieces["digest"] = [found for block in blocks for found in self._digests[block.offset]]
         table = ArrayChecksums({self._file.name: (pieces, self._file.nbytes)}, self._num_processes)
-        files = {array_file(self._process): table.encode()}
+        files = {self._file.table_name: table.encode()}
         if self._manifest_template is not None:
             manifest = bytearray(self._manifest_template)
             manifest[ocdbt.MANIFEST_UUID] = os.urandom(16)
