@@ -73,7 +73,7 @@ def save_and_restore() -> Any:
 def save_items_in_background() -> Any:
     handler = ckpt_hooks.CompositeCheckpointHandler()
     with ckpt_hooks.AsyncCheckpointer(handler, timeout_secs=60) as checkpointer:
-        items = {"params": ckpt_hooks.args.StandardSave(state(mesh_of(2, COUNT)))}
+        items: dict[str, Any] = {"params": ckpt_hooks.args.StandardSave(state(mesh_of(2, COUNT)))}
         items["config"] = ckpt_hooks.args.JsonSave({"layers": 3})
         checkpointer.save(FOLDER / "items", args=CompositeArgs(**items))
         checkpointer.wait_until_finished()
