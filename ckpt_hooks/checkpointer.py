@@ -1,6 +1,6 @@
 """`Checkpointer` and `AsyncCheckpointer`: one checkpoint, whole or not at all.
 
-A save, in order (each barrier is passed by every process, the primary does the rest)::
+A save, in order (each barrier is passed by every process, the primary does the rest):
     barrier save_start -> is the destination free? -> stage (refuse early; take the state) -> temporary path
     -> handler writes -> step metadata -> barrier save -> handler finalizes, commit -> barrier finalize
 `AsyncCheckpointer` returns after the temporary path is made; the rest happens in one background thread.
