@@ -34,6 +34,7 @@ class Changes:
       rename: {saved path, or the beginning of several: the path in `like`}, or a function of paths.
       only: the paths to restore, or patterns (``*``, ``?``, ``[...]``) of them; none for all. A path also stands for
         all below it.
+      typed: whether, where there is no `like`, the types of the state come back.
 
     >>> changes = Changes(rename={"params/old": "params/new"}).within("params")
     >>> changes.renamed(["old.kernel", "other"])
@@ -45,10 +46,13 @@ class Changes:
     unexpected: Literal["error", "ignore"] = "error"
     rename: Rename | None = None
     only: tuple[str, ...] = ()
+    typed: bool = False
     item: str = ""
 
     @classmethod
-    def checked(cls, cast: Any, missing: Any, unexpected: Any, rename: Any, *, has_target: bool) -> Self:
+    def checked(
+        cls, cast: Any, missing: Any, unexpected: Any, rename: Any, typed: bool = False, *, has_target: bool
+    ) -> Self:
         """Raises InvalidArgumentError for what is none, or needs a `like` where there is none."""
         if missing not in ("error", "keep"):
             raise InvalidArgumentError(f'missing= is "error" or "keep", got {missing!r}')
@@ -72,7 +76,11 @@ class Changes:
                 raise InvalidArgumentError(f"cast= is True, False or a dtype, got {cast!r}") from error
             if not jnp.issubdtype(cast, jnp.floating):
                 raise InvalidArgumentError(f"cast={cast}: only floating-point arrays are converted to a given dtype")
-        return cls(cast=cast, missing=missing, unexpected=unexpected, rename=rename)
+        if typed and has_target:
+            raise InvalidArgumentError(
+                "typed=True is for a restore without `like`; it has its own types, so leave one out"
+            )
+        return cls(cast=cast, missing=missing, unexpected=unexpected, rename=rename, typed=typed)
 
     def selecting(self, paths: Iterable[str] | None) -> tuple[list[str] | None, Changes]:
         """The items that `paths` are in (None for all), and these changes with what of them is asked for."""
@@ -84,6 +92,8 @@ class Changes:
         names = list(dict.fromkeys(path.split("/")[0] for path in paths))
         whole = {path for path in paths if "/" not in path}
         only = tuple(path for path in paths if path.split("/")[0] not in whole)
+        if self.typed and only:
+            raise InvalidArgumentError(f"typed=True gives whole items back, not parts of them: {only}")
         return names, dataclasses.replace(self, only=only)
 
     def within(self, item: str) -> Changes:

@@ -17,6 +17,7 @@ what was found and what to do::
         ├── HandlerNotFoundError        KeyError           no handler is registered for an item or args class
         ├── HandlerExistsError          ValueError         a handler is registered there already
         ├── MetricNotFoundError         KeyError           no checkpoint recorded that metric
+        ├── ClassNotFoundError          ImportError        typed=True: a class that cannot be imported, or has changed
         ├── StructureMismatchError      ValueError         `like` and the checkpoint differ, leaf by leaf
         ├── CorruptCheckpointError      ValueError         bytes that are not the ones that were saved
         │   └── NoValidCheckpointError                     every candidate of a run was rejected
@@ -40,6 +41,7 @@ __all__ = [
     "BarrierTimeoutError",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "ClassNotFoundError",
     "CorruptCheckpointError",
     "DestinationExistsError",
     "DiskFullError",
@@ -119,6 +121,10 @@ class HandlerExistsError(CheckpointError, ValueError):
 
 class MetricNotFoundError(_NamedKeyError):
     """No checkpoint of the run recorded that metric."""
+
+
+class ClassNotFoundError(CheckpointError, ImportError):
+    """A class that the state was saved with cannot be imported by its name, or is another one now."""
 
 
 class StructureMismatchError(CheckpointError, ValueError):

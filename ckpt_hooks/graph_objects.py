@@ -72,6 +72,11 @@ class GraphObjects:
         trees: dict[str, Any] = jax.tree_util.tree_unflatten(structure, taken)
         return trees
 
+    @property
+    def others(self) -> dict[str, Any]:
+        """The items that are no graph objects."""
+        return {name: item for name, item in self.items.items() if not _is_pure(item)}
+
     def check(self) -> None:
         """Raises InvalidArgumentError for an object whose values cannot be set in place, before anything is read."""
         if not self._objects:

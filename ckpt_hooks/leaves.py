@@ -202,7 +202,7 @@ def sharding_file(names: Sequence[str], leaves: Sequence[LeafPlan]) -> bytes:
     return _to_json(entries)
 
 
-def tree_metadata_file(named: Sequence[tree.Leaf], leaves: Sequence[LeafPlan]) -> bytes:
+def tree_metadata_file(named: Sequence[tree.Leaf], leaves: Sequence[LeafPlan], custom_metadata: Any = None) -> bytes:
     """The file ``_METADATA``; `leaves` are the plans of those in `named` that are not empty nodes."""
     plans = iter(leaves)
     records = []
@@ -218,7 +218,7 @@ def tree_metadata_file(named: Sequence[tree.Leaf], leaves: Sequence[LeafPlan]) -
         "use_ocdbt": True,
         "use_zarr3": False,
         "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
+        "custom_metadata": custom_metadata,
     }
     return _to_json(content)
 

@@ -33,6 +33,7 @@ from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.restoring import find_problems, read_metadata, read_newest, restore_checkpoint
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage import commit
+from ckpt_hooks.structure import describe_state
 from ckpt_hooks.temporary_paths import FileOptions
 from ckpt_hooks.triggers import check_step
 
@@ -180,17 +181,14 @@ class CheckpointManager:
         if NNX in sys.modules:
             taken = GraphObjects(state, items)
             state, items = taken.state, taken.items
-        args: dict[str, CheckpointArgs] = {
-            name: StandardSaveArgs(part) for name, part in train_state.split(state).items()
-        }
+        kind = None if type(state) is dict and set(map(type, state)) == {str} else describe_state(state)
+        parts = train_state.split(state)
+        args: dict[str, CheckpointArgs] = {name: StandardSaveArgs(part, kind) for name, part in parts.items()}
         for name, value in items.items():
             if name in args:
                 raise InvalidArgumentError(f"item {name!r} is a part of the state already; rename the keyword")
-            if not isinstance(value, train_state.PureState):
-                require_stateful(name, value)
-            args[name] = (
-                StandardSaveArgs(value) if isinstance(value, train_state.PureState) else IteratorSaveArgs(value)
-            )
+            is_tree = isinstance(value, train_state.PureState)
+            args[name] = StandardSaveArgs(value) if is_tree else IteratorSaveArgs(require_stateful(name, value))
         if numbers and METRICS_ITEM not in args:
             args[METRICS_ITEM] = JsonSaveArgs(to_orbax_metrics(numbers))  # where Orbax's best_fn looks
         return CompositeArgs(**args)
@@ -255,6 +253,7 @@ class CheckpointManager:
         missing: Literal["error", "keep"] = "error",
         unexpected: Literal["error", "ignore"] = "error",
         rename: Any = None,
+        typed: bool = False,
         **objects: Any,
     ) -> Any:
         """Restores a state.
@@ -267,15 +266,18 @@ class CheckpointManager:
           items: the items to restore, as {item: value}; `like` is then such a dict or a whole state. Also paths below
             them, or patterns (``params/encoder``, ``params/*/kernel``): all other leaves keep their values in `like`.
           cast, missing, unexpected, rename: how the checkpoint may differ from `like`; see `changes.Changes`.
+          typed: without `like`, whether the state comes back in its own types, as far as their classes can be
+            imported; arrays stay NumPy's, and static fields that are no literals have to be set anew.
           objects: stateful objects whose saved state is set in place, once everything else has been read.
 
         Raises:
           CheckpointNotFoundError: (FileNotFoundError) there is no checkpoint, or not this one.
           StructureMismatchError: (ValueError) `like` does not fit; the message lists every leaf.
           ItemNotFoundError: (KeyError) an item was not saved.
+          ClassNotFoundError: (ImportError) `typed`, and a class cannot be imported or has changed.
           NoValidCheckpointError: (CorruptCheckpointError) none verifies; the message has each one's reason.
         """
-        changes = Changes.checked(cast, missing, unexpected, rename, has_target=like is not None)
+        changes = Changes.checked(cast, missing, unexpected, rename, typed, has_target=like is not None)
         return self.restore_with_step(like, step=step, items=items, changes=changes, **objects)[1]
 
     def restore_with_step(
@@ -285,9 +287,8 @@ class CheckpointManager:
         self.wait()
         graphs = GraphObjects(like, objects)
         graphs.check()
-        for name, value in graphs.items.items():
-            if not isinstance(value, train_state.PureState):
-                require_stateful(name, value)
+        for name, value in graphs.others.items():
+            require_stateful(name, value)
         read = functools.partial(
             restore_checkpoint, like=graphs.state, items=items, changes=changes, objects=graphs.items
         )
@@ -296,9 +297,8 @@ class CheckpointManager:
             restored, states = read(self._run.require(number))
         else:
             number, (restored, states) = read_newest(self._run, read)
-        for name, value in graphs.items.items():
-            if not isinstance(value, train_state.PureState):
-                value.set_state(states[name])
+        for name, value in graphs.others.items():
+            value.set_state(states[name])
         return number, graphs.update(restored, states)
 
     def _best_or_raise(self) -> int:

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 
-from ckpt_hooks import events, train_state, tree
+from ckpt_hooks import events, structure, train_state, tree
 from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
+    ClassNotFoundError,
     HandlerNotFoundError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
@@ -43,6 +44,7 @@ _log = logging.getLogger(__name__)
 
 # Errors that another checkpoint would give as well, or that only the caller can mend: no reason to fall back.
 _NOT_DAMAGE = (
+    ClassNotFoundError,
     HandlerNotFoundError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
@@ -124,7 +126,12 @@ def restore_checkpoint(
     No object is touched: what sets their states does so when nothing can fail any more.
     """
     asked, selected = changes.selecting(items)
-    return read_unchanged(path, lambda: _restore(path, like, asked, selected, objects or {}))
+
+    def restore() -> tuple[Any, dict[str, Any]]:
+        state, states = _restore(path, like, asked, selected, objects or {})
+        return _Checkpoint(path).typed(state, is_whole=asked is None) if changes.typed else state, states
+
+    return read_unchanged(path, restore)
 
 
 def _restore(
@@ -208,6 +215,14 @@ class _Checkpoint:
         # To the handler None means no target; a target that is None holds as many leaves as an empty tuple.
         target = (() if part is None else part) if with_target else None
         return StandardRestoreArgs(target, changes=self.changes.within(name))
+
+    def typed(self, restored: Any, *, is_whole: bool) -> Any:
+        """What was restored without a target, in the types that it was saved in."""
+        if self.is_single_tree:
+            return structure.typed_item(self.path, restored)
+        directories = {name: os.path.join(self.path, name) for name in restored if name in self.trees}
+        parts = {**restored, **{name: structure.typed_item(path, restored[name]) for name, path in directories.items()}}
+        return structure.typed_state(directories.values(), parts) if is_whole else parts
 
     def restorable(self, objects: Mapping[str, Any]) -> list[str]:
         """What a restore without a target returns: everything but the metrics, which are metadata."""

@@ -18,7 +18,17 @@ import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError, NameCollisionError, UnsupportedLeafError
 
-__all__ = ["Leaf", "LeafRecord", "flatten", "named_leaves", "nearest", "nest", "record_to_json", "records_from_json"]
+__all__ = [
+    "Leaf",
+    "LeafRecord",
+    "flatten",
+    "key_text",
+    "named_leaves",
+    "nearest",
+    "nest",
+    "record_to_json",
+    "records_from_json",
+]
 
 # Orbax's files of a pytree item
 METADATA_FILE = "_METADATA"
@@ -117,6 +127,11 @@ def _is_empty_node(value: Any) -> bool:
         return False
     structure: Any = jax.tree_util.tree_structure(value)
     return bool(structure.num_leaves == 0 and structure.num_nodes == 1)
+
+
+def key_text(key: Any) -> str:
+    """The text of one of JAX's keys, as it stands in a leaf's name."""
+    return _key(key)[0]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -40,14 +40,15 @@ def is_stateful(value: Any) -> bool:
     return callable(getattr(value, "get_state", None)) and callable(getattr(value, "set_state", None))
 
 
-def require_stateful(name: str, value: Any) -> None:
-    """Raises InvalidArgumentTypeError for a keyword item that is not stateful."""
+def require_stateful(name: str, value: Any) -> Any:
+    """The value. Raises InvalidArgumentTypeError for a keyword item that is not stateful."""
     if not is_stateful(value):
         raise InvalidArgumentTypeError(
             f"{name}=: keyword items are stateful objects with get_state() and set_state(state), such as data "
             f"iterators, or NNX modules; a {type(value).__qualname__} is not. A pytree belongs into the state, which "
             f'may be a dict: {{"train": state, "{name}": ...}}.'
         )
+    return value
 
 
 class IteratorCheckpointHandler(CheckpointHandler):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckpt_hooks import processes, tree
+from ckpt_hooks import processes, structure, tree
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import InvalidArgumentError, UnsupportedLeafError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
@@ -100,7 +100,7 @@ class StandardCheckpointHandler(CheckpointHandler):
             raise InvalidArgumentError("compression is for one process; with several, leave it out")
 
     def stage(self, args: StandardSaveArgs) -> StagedSave:
-        plan, leaves = Plan.of(args.item, self._num_processes, self._compresses)
+        plan, leaves = Plan.of(args.item, self._num_processes, self._compresses, args.part_of)
         sources, strings = plan.take(leaves, self._process)
         writer = self._writer_class(plan.layout, self._process, sources)
         return StagedSave(
@@ -144,9 +144,15 @@ class StandardCheckpointHandler(CheckpointHandler):
 @register_with_handler(StandardCheckpointHandler, for_save=True)
 @dataclasses.dataclass(frozen=True)
 class StandardSaveArgs(CheckpointArgs):
-    """Saves `item`, a pytree."""
+    """Saves `item`, a pytree.
+
+    Attributes:
+      item: the tree.
+      part_of: of which kind of state it is a part, as `structure.describe_state` says.
+    """
 
     item: Any
+    part_of: str | None = None
 
 
 @register_with_handler(StandardCheckpointHandler, for_restore=True)
@@ -177,7 +183,7 @@ class Plan:
     Raises UnsupportedLeafError and NameCollisionError, before anything is written, for what cannot be.
     """
 
-    def __init__(self, item: Any, num_processes: int, compresses: bool = False) -> None:
+    def __init__(self, item: Any, num_processes: int, compresses: bool = False, part_of: str | None = None) -> None:
         named = tree.flatten(item)
         self._names = [leaf.name for leaf in named if not leaf.is_empty]
         self._leaves = [describe_leaf(leaf.name, leaf.value) for leaf in named if not leaf.is_empty]
@@ -193,7 +199,7 @@ class Plan:
         self._is_shared = num_processes > 1
         self._array_metadata = array_metadata_file(self._leaves)
         self._primary_files = {
-            tree.METADATA_FILE: tree_metadata_file(named, self._leaves),
+            tree.METADATA_FILE: tree_metadata_file(named, self._leaves, structure.metadata_of(item, part_of)),
             tree.SHARDING_FILE: sharding_file(self._names, self._leaves),
         }
         self.claim = self._claim() if self._is_shared else ""
@@ -205,21 +211,23 @@ class Plan:
         return f"{len(self._leaves)} leaves of structure {digest(content):016x}"
 
     @classmethod
-    def of(cls, item: Any, num_processes: int, compresses: bool = False) -> tuple[Plan, Sequence[Any]]:
+    def of(
+        cls, item: Any, num_processes: int, compresses: bool = False, part_of: str | None = None
+    ) -> tuple[Plan, Sequence[Any]]:
         """The plan of a tree, from the cache where its structure was met before, and the tree's leaves."""
         try:
-            leaves, structure = jax.tree_util.tree_flatten(item)
+            leaves, treedef = jax.tree_util.tree_flatten(item)
         except (TypeError, ValueError) as error:  # keys that cannot be sorted
             raise UnsupportedLeafError(f"the tree cannot be flattened by JAX: {error}") from error
-        key: Hashable = (structure, num_processes, compresses, *_signatures(leaves))
+        key: Hashable = (treedef, num_processes, compresses, part_of, *_signatures(leaves))
         try:
             with _cache_lock:
                 plan = _cache.get(key)
         except (TypeError, ValueError):  # a node with metadata that cannot be hashed or compared
-            return cls(item, num_processes, compresses), leaves
+            return cls(item, num_processes, compresses, part_of), leaves
         if plan is None:
             with _collection_paused():
-                plan = cls(item, num_processes, compresses)
+                plan = cls(item, num_processes, compresses, part_of)
             with _cache_lock:
                 _cache[key] = plan
                 while len(_cache) > _CACHED_PLANS:
