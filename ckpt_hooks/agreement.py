@@ -10,17 +10,48 @@ Nothing here uses a device, so that a background thread may wait while the main 
 from __future__ import annotations
 
 import time
+from typing import Self
 
 from ckpt_hooks import events, processes
 from ckpt_hooks.errors import BarrierTimeoutError, CheckpointError, OtherProcessError, ProcessesDisagreeError
 from ckpt_hooks.processes import MultiprocessingOptions
 
-__all__ = ["OperationBarriers"]
+__all__ = ["OperationBarriers", "Together", "barriers_of"]
 
 _FIRST_PAUSE_SECS = 0.001
 _LONGEST_PAUSE_SECS = 0.05
 _GOES_ON, _FAILED, _DISAGREES, _IS_LATE = "go on", "failed", "disagrees", "late"
 _GRACE_SECS = 5.0  # for the primary's answer to reach a process that began to wait before the primary did
+
+
+def barriers_of(operation: int, options: MultiprocessingOptions, timeout_secs: float) -> OperationBarriers:
+    """The barriers of the operation with this number, which every process counts alike."""
+    return OperationBarriers(options.key(f"Checkpointer.{operation}"), options, timeout_secs)
+
+
+class Together:
+    """What all processes do at once, or the primary does for all, as a context.
+
+    At its end every process has come and has made the same claim; an error inside is told to the others.
+
+    Attributes:
+      decides: whether this is the process that acts for all.
+      claim: what every process has to find alike, for example the step that it restored.
+    """
+
+    def __init__(self, options: MultiprocessingOptions, timeout_secs: float, claim: str = "") -> None:
+        self.decides = options.is_primary()
+        self.claim = claim
+        self._barriers = barriers_of(processes.next_operation_id(), options, timeout_secs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._barriers.fail(error)
+        else:
+            self._barriers.meet("together", self.claim)
 
 
 class OperationBarriers:

@@ -20,7 +20,7 @@ from typing import Any, Self
 from etils import epath
 
 from ckpt_hooks import events, processes
-from ckpt_hooks.agreement import OperationBarriers
+from ckpt_hooks.agreement import OperationBarriers, barriers_of
 from ckpt_hooks.errors import InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
@@ -317,8 +317,7 @@ class Checkpointer:
         return events.record_duration_secs(events.BARRIER_SECS, 0.0, key=key)
 
     def _barriers(self, operation: int) -> OperationBarriers:
-        key = f"{self._barrier_prefix}Checkpointer.{operation}"
-        return OperationBarriers(key, self._multiprocessing_options, self._barrier_timeout_secs)
+        return barriers_of(operation, self._multiprocessing_options, self._barrier_timeout_secs)
 
 
 class AsyncCheckpointer(Checkpointer):

@@ -12,21 +12,18 @@ from typing import Any, Literal, Self
 
 from etils import epath
 
-from ckpt_hooks import events, retention, train_state
+from ckpt_hooks import events, processes, retention, train_state
+from ckpt_hooks.agreement import Together, barriers_of
 from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
-from ckpt_hooks.errors import (
-    CheckpointNotFoundError,
-    InvalidArgumentError,
-    explain_os_error,
-)
+from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, explain_os_error
 from ckpt_hooks.graph_objects import NNX, GraphObjects
 from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
 from ckpt_hooks.handlers.iterator import IteratorSaveArgs, require_stateful
-from ckpt_hooks.handlers.json import JsonCheckpointHandler, JsonRestoreArgs, JsonSaveArgs
-from ckpt_hooks.handlers.pytree import ArrayOptions, StandardCheckpointHandler, StandardSaveArgs
-from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry
+from ckpt_hooks.handlers.json import JsonSaveArgs
+from ckpt_hooks.handlers.pytree import ArrayOptions, StandardSaveArgs
+from ckpt_hooks.item_handlers import item_handlers
 from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import read_unchanged
@@ -93,12 +90,12 @@ class CheckpointManager:
     ) -> None:
         self._run = RunDirectory(directory)
         self._retention = retention.Retention(keep)
-        options: dict[str, Any] = {
-            "multiprocessing_options": multiprocessing_options or MultiprocessingOptions(),
-            "file_options": file_options or FileOptions(),
-        }
+        self._processes = multiprocessing_options or MultiprocessingOptions()
+        self._decides = self._processes.is_primary()  # what clocks, listings and files say, for all processes
+        self._timeout_secs = timeout_secs
+        options: Any = {"multiprocessing_options": self._processes, "file_options": file_options or FileOptions()}
         array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)
-        handler = CompositeCheckpointHandler(handler_registry=_registry(array_options))
+        handler = CompositeCheckpointHandler(handler_registry=item_handlers(array_options))
         self.checkpointer: Checkpointer = (
             AsyncCheckpointer(handler, timeout_secs=timeout_secs, **options)
             if async_save
@@ -154,20 +151,20 @@ class CheckpointManager:
             staged = self.checkpointer.stage(args)
         except BaseException as error:
             self.checkpointer.report_failure(path, error)
+            self._tell_others(error)
             raise
-        if not run.is_locked:
-            run.lock()
-        if not force and run.known and step <= run.known[-1]:
-            newest = run.latest_step()  # as it is on the disk, where somebody may have removed some by hand
-            if newest is not None and step <= newest:
-                raise InvalidArgumentError(
-                    f"save at step {step}, but {run.path} has step {newest} already. Restore first and go on from "
-                    "there, choose another directory, or pass force=True to take the run back to this step."
-                )
-        if self._retention.ranks:
-            retention.check_recorded(self._retention.policies, self._known_metrics(), numbers)
-        if run.rejected or os.path.lexists(path):
-            run.make_way(step)
+        try:
+            if self._decides and not run.is_locked:
+                run.lock()
+            if not force and run.known and step <= run.known[-1]:
+                self._require_newer(step)
+            if self._decides and self._retention.ranks:
+                retention.check_recorded(self._retention.policies, self._known_metrics(), numbers)
+            if self._decides and (run.rejected or os.path.lexists(path)):
+                run.make_way(step)
+        except BaseException as error:
+            self._tell_others(error)
+            raise
         self.checkpointer.save_args(
             path,
             staged,
@@ -176,6 +173,18 @@ class CheckpointManager:
             metrics=numbers,
             on_commit=functools.partial(self._after_commit, step, numbers),
         )
+
+    def _require_newer(self, step: int) -> None:
+        newest = self._run.latest_step()  # as it is on the disk, where somebody may have removed some by hand
+        if newest is not None and step <= newest:
+            raise InvalidArgumentError(
+                f"save at step {step}, but {self._run.path} has step {newest} already. Restore first and go on from "
+                "there, choose another directory, or pass force=True to take the run back to this step."
+            )
+
+    def _tell_others(self, error: BaseException) -> None:
+        """The other processes, which are about to save, that this one will not."""
+        barriers_of(processes.next_operation_id(), self._processes, self._timeout_secs).fail(error)
 
     def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
         if NNX in sys.modules:
@@ -285,21 +294,23 @@ class CheckpointManager:
     ) -> tuple[int, Any]:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
         self.wait()
-        graphs = GraphObjects(like, objects)
-        graphs.check()
-        for name, value in graphs.others.items():
+        taken = GraphObjects(like, objects)
+        taken.check()
+        for name, value in taken.others.items():
             require_stateful(name, value)
         read = functools.partial(
-            restore_checkpoint, like=graphs.state, items=items, changes=changes, objects=graphs.items
+            restore_checkpoint, like=taken.state, items=items, changes=changes, objects=taken.items
         )
-        if step is not None and step != "latest":
-            number = self._best_or_raise() if step == "best" else check_step(step)
-            restored, states = read(self._run.require(number))
-        else:
-            number, (restored, states) = read_newest(self._run, read)
-        for name, value in graphs.others.items():
+        with Together(self._processes, self._timeout_secs) as all_processes:
+            if step is not None and step != "latest":
+                number = self._best_or_raise() if step == "best" else check_step(step)
+                restored, states = read(self._run.require(number))
+            else:
+                number, (restored, states) = read_newest(self._run, read)
+            all_processes.claim = f"restored step {number}"
+        for name, value in taken.others.items():
             value.set_state(states[name])
-        return number, graphs.update(restored, states)
+        return number, taken.update(restored, states)
 
     def _best_or_raise(self) -> int:
         best = self.best_step()
@@ -325,14 +336,7 @@ class CheckpointManager:
         None for an empty run. Raises MetricNotFoundError where no checkpoint recorded the metric.
         """
         self._raise_failure()
-        policy = next((p for p in self._retention.policies if isinstance(p, retention.BestN)), None)
-        if metric is None and policy is None:
-            raise InvalidArgumentError(
-                'best_step() of what? Give a metric (best_step("loss")), or a BestN policy in keep='
-            )
-        if policy is not None and metric in (None, policy.metric):
-            metric, mode = policy.metric, mode or policy.mode
-        return retention.best_step(self._run.all_metrics(), str(metric), mode or "min")
+        return retention.best_step(self._run.all_metrics(), *self._retention.ranking(metric, mode))
 
     def metadata(self, step: int) -> StepMetadata:
         """The step metadata of a checkpoint. Raises CheckpointNotFoundError where there is none."""
@@ -361,7 +365,12 @@ class CheckpointManager:
         numbers = to_json_numbers(metrics)
         step = check_step(step)
         self.wait()
-        self._run.require(step)
+        with Together(self._processes, self._timeout_secs, f"recorded metrics of step {step}") as all_processes:
+            self._run.require(step)
+            if all_processes.decides:
+                self._record_metrics(step, numbers)
+
+    def _record_metrics(self, step: int, numbers: Mapping[str, Any]) -> None:
         self._run.lock()
         try:
             self._run.record_metrics(step, numbers)
@@ -372,18 +381,21 @@ class CheckpointManager:
     def rollback(self, step: int) -> None:
         """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""
         self.wait()
-        self._run.require(check_step(step))
-        self._run.lock()
-        self._run.roll_back(step)
+        with Together(self._processes, self._timeout_secs, f"rolled back to step {step}") as all_processes:
+            self._run.require(check_step(step))
+            if all_processes.decides:
+                self._run.lock()
+                self._run.roll_back(step)
 
     def delete(self, step: int) -> None:
         """Removes a checkpoint. Raises CheckpointNotFoundError where there is none."""
         self.wait()
-        path = self._run.step_path(check_step(step))
-        if not os.path.isdir(path):
-            self._run.require(step)
-        self._run.lock()
-        self._run.remove(step)
+        with Together(self._processes, self._timeout_secs, f"deleted step {step}") as all_processes:
+            if all_processes.decides:
+                if not os.path.isdir(self._run.step_path(check_step(step))):
+                    self._run.require(step)
+                self._run.lock()
+                self._run.remove(step)
 
     # -------------------------------------------------------------- waiting
 
@@ -408,13 +420,3 @@ class CheckpointManager:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _registry(array_options: ArrayOptions) -> DefaultCheckpointHandlerRegistry:
-    registry = DefaultCheckpointHandlerRegistry()
-    handler = JsonCheckpointHandler(METRICS_ITEM)
-    registry.add(METRICS_ITEM, JsonSaveArgs, handler)
-    registry.add(METRICS_ITEM, JsonRestoreArgs, handler)
-    # One handler for all parts of a state: what it may hold in memory is one bound.
-    registry.add(None, StandardSaveArgs, StandardCheckpointHandler(array_options))
-    return registry

@@ -119,6 +119,17 @@ class Retention:
         """Whether the step stays whichever others there are."""
         return not self.policies or any(step % n == 0 for n in self._every)
 
+    def ranking(self, metric: str | None, mode: Mode | None) -> tuple[str, Mode]:
+        """What to rank by: what is given, and otherwise what the first `BestN` says."""
+        policy = next((policy for policy in self.policies if isinstance(policy, BestN)), None)
+        if metric is None and policy is None:
+            raise InvalidArgumentError(
+                'best_step() of what? Give a metric (best_step("loss")), or a BestN policy in keep='
+            )
+        if policy is not None and metric in (None, policy.metric):
+            metric, mode = policy.metric, mode or policy.mode
+        return str(metric), mode or "min"
+
     def choose(self, metrics: Mapping[int, Metrics]) -> set[int]:
         """The steps that stay because of how they compare with the others in `metrics`."""
         return steps_to_keep(self._choosing, metrics)

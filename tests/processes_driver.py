@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,39 @@ def save_items_in_background() -> Any:
     return sorted(os.listdir(FOLDER / "items"))
 
 
+def run_of_a_manager() -> Any:
+    """Saves with retention, a late metric, a refused step, a resume by the hook in another mesh, and a rollback."""
+    found: dict[str, Any] = {}
+    with ckpt_hooks.CheckpointManager(FOLDER / "run", keep=2, timeout_secs=60) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"params": state(mesh_of(COUNT, 2), more=step), "step": step}, metrics={"loss": step})
+        manager.wait()
+        manager.record_metrics(3, {"accuracy": 0.5})
+        try:
+            manager.save(2, {"params": state(mesh_of(COUNT, 2)), "step": 2})
+        except Exception as error:
+            found["refused"] = f"{type(error).__name__}: {error}"
+        found["metrics"] = manager.metadata(3).metrics
+    with ckpt_hooks.CheckpointHook(FOLDER / "run", every_n_steps=2, timeout_secs=60, keep=None) as hook:
+        target = {"params": state(mesh_of(2, COUNT)), "step": 0}
+        restored = hook.restore(target)
+        found["resumed"] = hook.start_step, restored["step"]
+        expected = {name: value + np.float32(3) for name, value in values().items()}
+        found["equal"] = [is_equal(restored["params"][name], expected[name]) for name in expected]
+        found["saved"] = [step for step in (4, 5, 6) if hook(step, restored)]
+        hook.wait()
+        hook.manager.rollback(4)
+        found["steps"] = hook.manager.steps()
+    return found
+
+
+def other_step() -> Any:
+    """The last process is one step behind."""
+    with ckpt_hooks.CheckpointManager(FOLDER / "behind", timeout_secs=60) as manager:
+        manager.save(8 if PROCESS < COUNT - 1 else 7, {"params": state(mesh_of(COUNT, 2))})
+        manager.wait()
+
+
 def other_structure() -> Any:
     """The last process has a leaf more."""
     saved = state(mesh_of(COUNT, 2))
@@ -119,7 +153,31 @@ def absent_process() -> Any:
     return None
 
 
-SCENARIOS = [save_and_restore, save_items_in_background, other_structure, failing_process, absent_process]
+def preemption() -> Any:
+    """SIGTERM reaches one process only; all train until the hook says that it is time to leave."""
+    with ckpt_hooks.CheckpointHook(FOLDER / "preempted", every_n_steps=10_000, timeout_secs=60) as hook:
+        saved = {"params": state(mesh_of(COUNT, 2))}
+        for step in range(1, 600):
+            if step == 3 and PROCESS == COUNT - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                hook(step, saved)
+            except ckpt_hooks.Preempted as left:
+                return {"step": step, "code": left.code, "steps": hook.manager.steps()}
+            time.sleep(0.05)
+    return "never told"
+
+
+SCENARIOS = [
+    save_and_restore,
+    save_items_in_background,
+    run_of_a_manager,
+    other_step,
+    other_structure,
+    failing_process,
+    preemption,
+    absent_process,  # the last, since the process that is absent goes on by itself
+]
 
 
 def main() -> None:

@@ -116,6 +116,29 @@ def test_several_items_in_the_background(group: Group) -> None:
     np.testing.assert_array_equal(restored.params["kernel"], values()["kernel"])
 
 
+def test_the_manager_and_the_hook_lead_one_run(group: Group) -> None:
+    """One process lists, locks, refuses, removes and records for all; all resume at the same step, in any mesh."""
+    for number, report in enumerate(group.reports):
+        found = report["run_of_a_manager"]
+        assert "step 3 already" in found.pop("refused"), f"process {number}"
+        assert found == {
+            "metrics": {"loss": 3, "accuracy": 0.5},
+            "resumed": [3, 3],
+            "equal": [True] * 3,
+            "saved": [4, 6],
+            "steps": [2, 3, 4],
+        }
+    assert sorted(os.listdir(group.folder / "run")) == ["2", "3", "4", "6.rolled_back"]
+
+
+def test_a_process_at_another_step_is_named(group: Group) -> None:
+    """A save is of one step; nothing is written where the processes have come to different ones."""
+    for report in group.reports:
+        assert report["other_step"].startswith("ProcessesDisagreeError"), report["other_step"]
+        assert f"process {group.num_processes - 1} has" in report["other_step"]
+    assert not [name for name in os.listdir(group.folder / "behind") if not name.startswith(".")]
+
+
 def test_a_process_with_another_structure_is_named_and_nothing_is_written(group: Group) -> None:
     for report in group.reports:
         assert report["other_structure"].startswith("ProcessesDisagreeError")
@@ -131,6 +154,13 @@ def test_an_error_in_one_process_reaches_all_others_at_once(group: Group) -> Non
     for report in group.reports[:-1]:
         assert f"process {group.num_processes - 1} failed: OSError" in report["failing_process"]
     assert not any(name.startswith("failed") for name in os.listdir(group.folder))
+
+
+def test_sigterm_in_one_process_makes_all_save_the_same_step_and_leave(group: Group) -> None:
+    """JAX's runtime agrees on the step; the checkpoint is committed before anybody leaves."""
+    step = group.reports[0]["preemption"]["step"]
+    for report in group.reports:
+        assert report["preemption"] == {"step": step, "code": 143, "steps": [step]}
 
 
 def test_a_process_that_does_not_come_is_named(group: Group) -> None:
