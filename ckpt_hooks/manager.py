@@ -270,13 +270,11 @@ class CheckpointManager:
         Args:
           like: a state with the structure, types, dtypes and shardings to restore into, of arrays or of
             `jax.ShapeDtypeStruct`; None gives {item: nested dicts and lists of NumPy arrays}.
-          step: a step, which is then never replaced by another; "best" by the `BestN` in `keep`; None or
-            "latest" the newest that verifies, each rejected one being logged with its reason.
+          step: one that no other replaces; "best" by the `BestN` in `keep`; None or "latest": the newest that verifies.
           items: the items to restore, as {item: value}; `like` is then such a dict or a whole state. Also paths below
             them, or patterns (``params/encoder``, ``params/*/kernel``): all other leaves keep their values in `like`.
           cast, missing, unexpected, rename: how the checkpoint may differ from `like`; see `changes.Changes`.
-          typed: without `like`, whether the state comes back in its own types, as far as their classes can be
-            imported; arrays stay NumPy's, and static fields that are no literals have to be set anew.
+          typed: whether, without `like`, it comes back in its own types, with NumPy arrays; see docs/restore.md.
           objects: stateful objects whose saved state is set in place, once everything else has been read.
 
         Raises:
