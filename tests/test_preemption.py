@@ -69,7 +69,8 @@ for row in sys.stdin:
     if not os.fork():
         exec({TRAINING!r})
     _, status = os.wait()
-    print("ended", os.waitstatus_to_exitcode(status), flush=True)
+    # On a row of its own: a kill may have come in the middle of one.
+    print("\\nended", os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
@@ -109,7 +110,8 @@ class Training:
         return self.process.returncode, err
 
     def last(self, word: str) -> int:
-        return max((int(row.split()[1]) for row in self.rows if row.startswith(word)), default=0)
+        rows = [row.split() for row in self.rows]
+        return max((int(row[1]) for row in rows if row[:1] == [word] and len(row) > 1), default=0)
 
     def saved_steps(self) -> list[int]:
         return CheckpointManager(self.run).steps()
