@@ -18,7 +18,7 @@ import numpy as np
 from ckpt_hooks import tree
 from ckpt_hooks.errors import InvalidArgumentError, ItemNotFoundError, NameCollisionError, StructureMismatchError
 
-__all__ = ["EXACT", "Changes"]
+__all__ = ["EXACT", "Changes", "is_floating"]
 
 Rename = Mapping[str, str] | Callable[[str], str]
 
@@ -165,16 +165,13 @@ class Changes:
 
     def selects(self, name: str) -> bool:
         """Whether a leaf is asked for."""
-        return not self.only or any(
-            name == pattern or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
-            for pattern in self.only
-        )
+        return not self.only or any(_matches(name, pattern) for pattern in self.only)
 
     def require_some(self, names: Iterable[str]) -> None:
         """Raises ItemNotFoundError unless each of `only` selects at least one of the names."""
         known = list(names)
         for pattern in self.only:
-            if not any(dataclasses.replace(self, only=(pattern,)).selects(name) for name in known):
+            if not any(_matches(name, pattern) for name in known):
                 meant = tree.nearest(pattern, known)
                 hint = f"; is it {self.path(meant)!r}?" if meant else f"; there are {len(known)} leaves"
                 raise ItemNotFoundError(f"items=: nothing is saved at {self.path(pattern)!r}{hint}")
@@ -206,6 +203,11 @@ EXACT = Changes()
 
 def _name(path: str, begin: str) -> str:
     return path[len(begin) :].replace("/", ".")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a leaf is at the place that a pattern names, or below it."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
 def is_floating(dtype: Any) -> bool:

@@ -26,6 +26,8 @@ what was found and what to do::
         ├── StorageError                OSError            the file system failed (EIO, EINTR, ...)
         ├── RunLockedError              BlockingIOError    another live process writes to this run
         ├── BarrierTimeoutError         TimeoutError       a process did not arrive in time
+        ├── OtherProcessError           RuntimeError       another process has failed; which and why
+        ├── ProcessesDisagreeError      ValueError         processes that act together were not given the same
         └── SaveFailedError             RuntimeError       a background save failed; see ``__cause__``
 
     SystemExit
@@ -55,7 +57,9 @@ __all__ = [
     "NameCollisionError",
     "NoValidCheckpointError",
     "NotSerializableError",
+    "OtherProcessError",
     "Preempted",
+    "ProcessesDisagreeError",
     "RunLockedError",
     "SaveFailedError",
     "StorageError",

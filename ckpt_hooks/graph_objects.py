@@ -50,6 +50,7 @@ class GraphObjects:
     def __init__(self, state: Any, items: Mapping[str, Any]) -> None:
         self.state, self.items = state, dict(items)
         self._objects: list[Any] = []
+        self._values: list[dict[Any, Any]] = []
         if NNX not in sys.modules or not (_holds_objects(state) or _holds_objects(self.items)):
             return
         parts = {train_state.WHOLE: state} if _is_object(state) else train_state.split(state)
@@ -66,9 +67,9 @@ class GraphObjects:
     def _take_apart(self, parts: Mapping[str, Any]) -> dict[str, Any]:
         nodes, structure = jax.tree_util.tree_flatten(dict(parts), is_leaf=_ends_here)
         self._objects = [node for node in nodes if _is_object(node)]
-        numbered = {number: PureState(values, number) for number, values in enumerate(_values_of(self._objects))}
-        numbers = iter(range(len(self._objects)))
-        taken = [numbered[next(numbers)] if _is_object(node) else node for node in nodes]
+        self._values = _values_of(self._objects)
+        pure = (PureState(values, number) for number, values in enumerate(self._values))
+        taken = [next(pure) if _is_object(node) else node for node in nodes]
         trees: dict[str, Any] = jax.tree_util.tree_unflatten(structure, taken)
         return trees
 
@@ -79,9 +80,7 @@ class GraphObjects:
 
     def check(self) -> None:
         """Raises InvalidArgumentError for an object whose values cannot be set in place, before anything is read."""
-        if not self._objects:
-            return
-        for number, (target, values) in enumerate(zip(self._objects, _values_of(self._objects), strict=True)):
+        for number, (target, values) in enumerate(zip(self._objects, self._values, strict=True)):
             try:
                 if values:
                     _set_values(target, values)  # to what they are

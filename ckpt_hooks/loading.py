@@ -63,15 +63,14 @@ class SavedTree:
 
     def restore(self, like: Any = NO_TARGET, changes: Changes = EXACT) -> Any:
         """The tree in the structure, types, dtypes and shardings of `like`, or as nested dicts and lists."""
-        if changes.only:
-            changes.require_some(changes.renamed(self.leaves))
+        saved_names = {} if changes.is_exact else changes.renamed(self.leaves)
+        changes.require_some(saved_names)
         if like is NO_TARGET:
             return self._restore_plain(changes)
         targets = tree.named_leaves(like)
         if changes.is_exact:
             values = self._restore_leaves(self.leaves, targets, changes)
         else:
-            saved_names = changes.renamed(self.leaves)
             leaves = {name: self.leaves[old] for name, old in saved_names.items()}
             wanted = changes.wanted(targets, leaves)
             restored = dict(zip(wanted, self._restore_leaves(leaves, wanted, changes, saved_names), strict=True))

@@ -148,12 +148,11 @@ class CheckpointManager:
         run, path = self._run, epath.Path(f"{self._run.path}/{step}")
         args = self._save_args(state, numbers, items)
         try:
-            staged = self.checkpointer.stage(args)
-        except BaseException as error:
-            self.checkpointer.report_failure(path, error)
-            self._tell_others(error)
-            raise
-        try:
+            try:
+                staged = self.checkpointer.stage(args)
+            except BaseException as error:
+                self.checkpointer.report_failure(path, error)
+                raise
             if self._decides and not run.is_locked:
                 run.lock()
             if not force and run.known and step <= run.known[-1]:

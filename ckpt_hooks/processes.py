@@ -1,24 +1,21 @@
-"""The processes of one run: who is primary, barriers that time out, and operation ids.
+"""The processes of one run: who is primary, what each tells the others, and operation ids.
 
-The only module that touches `jax.distributed`. Without it there is one process, every barrier is passed at
-once, and no JAX backend is started: a reader of checkpoints needs no device.
+The only module that touches `jax.distributed`. Without it there is one process, and no JAX backend is
+started: a reader of checkpoints needs no device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from typing import Any
 
 import jax
 
-from ckpt_hooks import events
-from ckpt_hooks.errors import BarrierTimeoutError, InvalidArgumentError
+from ckpt_hooks.errors import InvalidArgumentError
 
 __all__ = [
     "MultiprocessingOptions",
-    "barrier",
     "count",
     "decide_on_primary",
     "index",
@@ -97,38 +94,6 @@ def next_operation_id() -> int:
     return next(operation_ids)
 
 
-def barrier(
-    name: str,
-    options: MultiprocessingOptions | None = None,
-    timeout_secs: float = DEFAULT_BARRIER_TIMEOUT_SECS,
-) -> None:
-    """Waits until every active process is here; `name` is of one operation and has the prefix of the options.
-
-    Uses the coordination service and no device collective, so that a background thread may call it while
-    the main thread trains. Raises BarrierTimeoutError after `timeout_secs`.
-    """
-    options = options or MultiprocessingOptions()
-    start_secs = time.perf_counter()
-    members = sorted(options.active_processes) if options.active_processes is not None else None
-    if count() > 1 and (members is None or len(members) > 1) and options.primary_host is not None:
-        _wait(name, members, timeout_secs)
-    events.record_duration_secs(events.BARRIER_SECS, time.perf_counter() - start_secs, key=name)
-
-
-def _wait(key: str, members: list[int] | None, timeout_secs: float) -> None:
-    # JAX has no public barrier with a timeout; this one is what its own checkpointing uses.
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    assert client is not None, "is_initialized() said there was a client"
-    try:
-        client.wait_at_barrier(key, timeout_in_ms=int(timeout_secs * 1000), process_ids=members)
-    except jax.errors.JaxRuntimeError as error:
-        raise BarrierTimeoutError(
-            f"process {index()} waited {timeout_secs:g} s at barrier {key!r} and not every process came: {error}"
-        ) from error
-
-
 def _client() -> Any:
     from jax._src import distributed
 
@@ -159,15 +124,11 @@ def wait_for(key: str, timeout_secs: float) -> str | None:
 
 def decide_on_primary(key: str, answer: bool, timeout_secs: float = DEFAULT_BARRIER_TIMEOUT_SECS) -> bool:
     """Process 0's answer to a question that clocks would answer differently on each process."""
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    assert client is not None, "asked only where there are several processes"
     name = f"ckpt_hooks/{key}"
     if index() == 0:
-        client.key_value_set(name, str(int(answer)), allow_overwrite=True)
+        publish(name, str(int(answer)))
         return answer
-    return bool(int(client.blocking_key_value_get(name, int(timeout_secs * 1000))))
+    return bool(int(_client().blocking_key_value_get(name, int(timeout_secs * 1000))))
 
 
 def reached_preemption_sync_point(step: int) -> bool:

@@ -17,6 +17,7 @@ import pytest
 import ckpt_hooks
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.checksums import array_problems
+from ckpt_hooks.testing import damage
 from tests.processes_driver import values
 
 pytestmark = pytest.mark.processes
@@ -87,24 +88,15 @@ def test_damage_in_the_file_of_any_process_is_found(group: Group) -> None:
     item = group.folder / "plain"
     assert list(array_problems(str(item))) == []
     victim = item / "d" / f"{group.num_processes - 1:032x}"
-    saved = victim.read_bytes()
-    victim.write_bytes(bytes([saved[0] ^ 1]) + saved[1:])
-    try:
-        with pytest.raises(CorruptCheckpointError, match=victim.name):
-            ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()).restore(item)
-    finally:
-        victim.write_bytes(saved)
+    with damage.flip_bit(victim, 0), pytest.raises(CorruptCheckpointError, match=victim.name):
+        ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()).restore(item)
 
 
 def test_a_lost_table_of_checksums_is_found(group: Group) -> None:
     item = group.folder / "plain"
     table = item / f"_ARRAY_CHECKSUMS.{group.num_processes - 1}"
-    away = table.rename(group.folder / "away")
-    try:
-        with pytest.raises(CorruptCheckpointError, match=table.name):
-            ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()).restore(item)
-    finally:
-        away.rename(table)
+    with damage.remove(table), pytest.raises(CorruptCheckpointError, match=table.name):
+        ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()).restore(item)
 
 
 def test_several_items_in_the_background(group: Group) -> None:

@@ -39,7 +39,7 @@ import xxhash
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import COMMIT_MARKER
 
-__all__ = ["ARRAY_FILE", "FILE", "ArrayChecksums", "FileChecksums", "digest"]
+__all__ = ["ARRAY_FILE", "FILE", "ArrayChecksums", "FileChecksums", "digest", "read_file"]
 
 FILE = "_CHECKSUMS"
 ARRAY_FILE = "_ARRAY_CHECKSUMS"
@@ -65,10 +65,9 @@ def array_file(process: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayChecksums:
-    """The pieces of the data files of one pytree item: {path: (pieces, size of the file)}."""
+    """The pieces of the data files of one pytree item: {path: (pieces, size of the file)}, in so many tables."""
 
     files: Mapping[str, tuple[Pieces, int]]
-
     num_tables: int = 1
 
     def encode(self) -> bytes:
@@ -109,11 +108,7 @@ class ArrayChecksums:
     @classmethod
     def _read_one(cls, directory: str, process: int) -> ArrayChecksums:
         path = os.path.join(directory, array_file(process))
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return cls.decode(file.read(), path)
-        except FileNotFoundError as error:
-            raise CorruptCheckpointError(f"{path} is missing") from error
+        return cls.decode(read_file(path), path)
 
     def table(self, file: str) -> PieceTable:
         """The pieces of a file."""
@@ -274,6 +269,15 @@ class FileChecksums:
         problems = list(self.problems(directory, below))
         if problems:
             raise CorruptCheckpointError("; ".join(problems))
+
+
+def read_file(path: str) -> bytes:
+    """What is in a file of a checkpoint. Raises CorruptCheckpointError where it is missing."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise CorruptCheckpointError(f"{path} is missing") from None
 
 
 def array_problems(directory: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import ocdbt
-from ckpt_hooks.storage.checksums import ARRAY_FILE, ArrayChecksums, PieceTable, check_piece
+from ckpt_hooks.storage.checksums import ARRAY_FILE, ArrayChecksums, PieceTable, check_piece, read_file
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompressed
 from ckpt_hooks.storage.layout import array_key
@@ -123,7 +123,7 @@ class Database:
     # -------------------------------------------------------------- the index
 
     def _read_index(self) -> list[ocdbt.Node]:
-        root = ocdbt.decode_manifest(_read_file(os.path.join(self._directory, ocdbt.MANIFEST_FILE)))
+        root = ocdbt.decode_manifest(read_file(os.path.join(self._directory, ocdbt.MANIFEST_FILE)))
         pending = [] if root.child is None else [root.child]
         nodes = []
         while pending:
@@ -291,14 +291,6 @@ def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
     with _seek_lock:  # the threads share the descriptor, and so its position
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.readv(descriptor, [view])
-
-
-def _read_file(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise CorruptCheckpointError(f"{path} is missing") from None
 
 
 # ------------------------------------------------------------------ zarr
