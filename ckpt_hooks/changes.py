@@ -82,13 +82,16 @@ class Changes:
             )
         return cls(cast=cast, missing=missing, unexpected=unexpected, rename=rename, typed=typed)
 
-    def selecting(self, paths: Iterable[str] | None) -> tuple[list[str] | None, Changes]:
+    def selecting(self, paths: Iterable[Any] | None) -> tuple[list[str] | None, Changes]:
         """The items that `paths` are in (None for all), and these changes with what of them is asked for."""
         if paths is None:
             return None, self
         if isinstance(paths, str):
             raise InvalidArgumentError(f'items= is a list of names, as in items=("{paths}",)')
         paths = list(paths)
+        wrong = [path for path in paths if not isinstance(path, str)]
+        if wrong:
+            raise InvalidArgumentError(f"items= is a list of names or paths, which are strings; got {wrong}")
         names = list(dict.fromkeys(path.split("/")[0] for path in paths))
         whole = {path for path in paths if "/" not in path}
         only = tuple(path for path in paths if path.split("/")[0] not in whole)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ckpt_hooks import train_state
 from ckpt_hooks.changes import Changes
-from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError
+from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.temporary_paths import is_committed
 
@@ -46,7 +46,10 @@ class InitFrom:
     rename: Any = None
 
     def __post_init__(self) -> None:
-        self._changes().selecting(self.items)  # so that a mistake is told at the start of the program
+        # So that a mistake is told at the start of the program.
+        if not isinstance(self.directory, str | os.PathLike):
+            raise InvalidArgumentTypeError(f"init_from= is a run, a checkpoint or an InitFrom; got {self.directory!r}")
+        self._changes().selecting(self.items)
 
     def _changes(self) -> Changes:
         return Changes.checked(self.cast, self.missing, self.unexpected, self.rename, has_target=True)

@@ -19,6 +19,7 @@ from ckpt_hooks import CheckpointHook, CheckpointManager, InitFrom
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     InvalidArgumentError,
+    InvalidArgumentTypeError,
     ItemNotFoundError,
     NameCollisionError,
     StructureMismatchError,
@@ -216,6 +217,7 @@ def test_floating_arrays_come_back_in_the_dtype_that_is_asked_for(manager: Check
         ({"missing": "ignore"}, '"error" or "keep"'),
         ({"unexpected": "keep"}, '"error" or "ignore"'),
         ({"items": "params"}, "list of names"),
+        ({"items": (3,)}, r"strings; got \[3\]"),
     ],
 )
 def test_wrong_options_are_told(manager: CheckpointManager, options: dict[str, Any], text: str) -> None:
@@ -278,5 +280,7 @@ def test_init_from_where_there_is_nothing_is_an_error(tmp_path: Path) -> None:
         pytest.raises(CheckpointNotFoundError, match="typo has no checkpoint"),
     ):
         hook.restore(make_state(0))
+    with pytest.raises(InvalidArgumentTypeError, match="got 3"):
+        CheckpointHook(tmp_path / "tuned", init_from=3)
     with pytest.raises(InvalidArgumentError, match='"error" or "keep"'):
         InitFrom("base", missing="none")  # type: ignore[arg-type]
