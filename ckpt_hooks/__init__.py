@@ -13,6 +13,7 @@ Example::
 
 from ckpt_hooks import args, errors
 from ckpt_hooks.checkpointer import AsyncCheckpointer, Checkpointer
+from ckpt_hooks.data import RunAhead, ShuffledIndices
 from ckpt_hooks.errors import Preempted
 from ckpt_hooks.handlers.base import (
     CheckpointArgs,
@@ -64,6 +65,8 @@ __all__ = [
     "MetadataStore",
     "MultiprocessingOptions",
     "Preempted",
+    "RunAhead",
+    "ShuffledIndices",
     "StagedSave",
     "StandardCheckpointHandler",
     "StepMetadata",

@@ -21,7 +21,7 @@ from ckpt_hooks import train_state
 from ckpt_hooks.errors import InvalidArgumentError
 from ckpt_hooks.train_state import PureState
 
-__all__ = ["NNX", "GraphObjects", "eval_shape"]
+__all__ = ["NNX", "GraphObjects", "eval_shape", "is_graph_object"]
 
 NNX = "flax.nnx"  # loaded where there can be graph objects at all
 _VALUE = "value"  # of an object that is a variable itself
@@ -32,6 +32,11 @@ def eval_shape(function: Callable[..., Any], *args: Any) -> Any:
     if NNX not in sys.modules:
         return jax.eval_shape(function, *args)
     return sys.modules[NNX].eval_shape(function, *args)
+
+
+def is_graph_object(value: Any) -> bool:
+    """Whether a value is one of NNX's graph objects, such as a module."""
+    return NNX in sys.modules and _is_object(value)
 
 
 class GraphObjects:

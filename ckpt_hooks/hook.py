@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ckpt_hooks import processes
+from ckpt_hooks.bound import BoundHook
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS
 from ckpt_hooks.errors import (
     CheckpointError,
@@ -153,6 +154,21 @@ class CheckpointHook:
             return False
         return self._look(step, state, metrics, metadata, items)
 
+    def bind(self, state: Any, *, metrics: Any = None, metadata: Any = None, **items: Any) -> BoundHook:
+        """This hook as one that is called with the step alone, as those of `clu.periodic_actions` are.
+
+        Args:
+          state: a function without arguments that returns the state of the moment, or an NNX object, which is updated
+            in place.
+          metrics, metadata: what `hook(step, state, ...)` takes, or functions that return it.
+          items: stateful objects.
+
+        The functions are called only where a checkpoint is due.
+
+        Raises InvalidArgumentTypeError for a state that would be the same one for ever.
+        """
+        return BoundHook(self, state, metrics, metadata, items)
+
     def _look(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
         if type(step) is not int or step < 0:
             step = check_step(step)
@@ -183,6 +199,8 @@ class CheckpointHook:
         if self._watches_time:
             self._next_secs = self._triggers.next_secs(time.monotonic())
         try:
+            if isinstance(state, BoundHook):
+                state, metrics, metadata = state.values()
             self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)
         except (CheckpointError, OSError) as error:
             if not self._warns or isinstance(error, _MISTAKES):
@@ -296,6 +314,8 @@ class CheckpointHook:
         if not self._asks_runtime and not started:
             started = self.manager.latest_step() != step  # its save has failed, and somebody else was told
         if started:
+            if isinstance(state, BoundHook):
+                state, metrics, metadata = state.values()
             self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)
             self._saved_step = step
         self.manager.wait()

@@ -20,7 +20,7 @@ from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, exp
 from ckpt_hooks.graph_objects import NNX, GraphObjects
 from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
-from ckpt_hooks.handlers.iterator import IteratorSaveArgs, require_stateful
+from ckpt_hooks.handlers.iterator import IteratorSaveArgs, require_stateful, set_saved_state
 from ckpt_hooks.handlers.json import JsonSaveArgs
 from ckpt_hooks.handlers.pytree import ArrayOptions, StandardSaveArgs
 from ckpt_hooks.item_handlers import item_handlers
@@ -306,7 +306,7 @@ class CheckpointManager:
                 number, (restored, states) = read_newest(self._run, read)
             all_processes.claim = f"restored step {number}"
         for name, value in taken.others.items():
-            value.set_state(states[name])
+            set_saved_state(value, states[name])
         return number, taken.update(restored, states)
 
     def _best_or_raise(self) -> int:

@@ -276,7 +276,7 @@ def _object_args(value: Any, changes: Changes) -> CheckpointArgs:
     return (
         StandardRestoreArgs(value, changes=changes)
         if isinstance(value, train_state.PureState)
-        else IteratorRestoreArgs()
+        else IteratorRestoreArgs(target=value)
     )
 
 

@@ -1,38 +1,41 @@
 """Iterators and other stateful objects: anything with ``get_state()`` and ``set_state(state)``.
 
-Each process writes its own file, ``process_<i>-of-<n>.json``. A state is JSON with a few additions, each an object
-with one key that starts with ``$``: bytes, tuples, NumPy arrays and scalars, and numbers that are not finite.
+Each process writes its own file, ``process_<i>-of-<n>.json``, as Grain's handler for Orbax does. Where another number
+of processes restores, an object that can divide the work anew is given the states of all of them: one with
+``set_states(states)``, or an iterator of Grain's `ElasticIterator`, of which all states are the same.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-import math
 import os
 import re
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
 
 from ckpt_hooks import processes
-from ckpt_hooks.errors import (
-    CorruptCheckpointError,
-    InvalidArgumentTypeError,
-    NotSerializableError,
-    StructureMismatchError,
-)
+from ckpt_hooks.errors import CorruptCheckpointError, InvalidArgumentTypeError, StructureMismatchError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
+from ckpt_hooks.handlers.iterator_state import state_to_text, text_to_state
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.storage import commit
 
-__all__ = ["IteratorCheckpointHandler", "IteratorRestoreArgs", "IteratorSaveArgs", "is_stateful", "require_stateful"]
+__all__ = [
+    "IteratorCheckpointHandler",
+    "IteratorRestoreArgs",
+    "IteratorSaveArgs",
+    "StatesOfAll",
+    "can_divide_anew",
+    "is_stateful",
+    "require_stateful",
+    "set_saved_state",
+]
 
-_PROCESS_FILE = re.compile(r"process_\d+-of-\d+\.json")  # also what Grain's Orbax handler writes
+_PROCESS_FILE = re.compile(r"process_(\d+)-of-(\d+)\.json")
 _SUMMARY_FILE = "metadata"  # where Orbax, which takes this for a JSON item, looks
+_GRAIN_ELASTIC = "grain._src.python.dataset.elastic_iterator"
 
 
 def is_stateful(value: Any) -> bool:
@@ -51,6 +54,25 @@ def require_stateful(name: str, value: Any) -> Any:
     return value
 
 
+class StatesOfAll(list[Any]):
+    """The states of all processes that saved, in their order, where their number is not today's."""
+
+
+def can_divide_anew(value: Any) -> bool:
+    """Whether an object accepts the states of another number of processes than there are now."""
+    return callable(getattr(value, "set_states", None)) or type(value).__module__ == _GRAIN_ELASTIC
+
+
+def set_saved_state(value: Any, state: Any) -> None:
+    """Gives an object the state that was read for it."""
+    if not isinstance(state, StatesOfAll):
+        value.set_state(state)
+    elif callable(getattr(value, "set_states", None)):
+        value.set_states(list(state))
+    else:
+        value.set_state(state[0])  # checked when it was read: they are all the same
+
+
 class IteratorCheckpointHandler(CheckpointHandler):
     """Saves what ``get_state()`` returns at the moment of the save, and gives it to ``set_state`` on restore."""
 
@@ -61,8 +83,10 @@ class IteratorCheckpointHandler(CheckpointHandler):
                 "Pytrees belong into the state."
             )
         # The text is made here: the iterator may run ahead while the save is written.
-        text = json.dumps(_encode(args.item.get_state(), "get_state()"))
-        summary = json.dumps({"process_count": processes.count()})
+        state = args.item.get_state()
+        text = state_to_text(state)
+        kind = {"state": "bytes"} if text is state else {}
+        summary = json.dumps({"process_count": processes.count(), **kind})
 
         def write(directory: epath.Path) -> None:
             commit.write_file(os.path.join(directory, _file_name(processes.index())), text)
@@ -76,26 +100,12 @@ class IteratorCheckpointHandler(CheckpointHandler):
 
     def restore(self, directory: epath.Path, args: IteratorRestoreArgs | None = None) -> Any:
         """The object with its state set, or the bare state where no object is given."""
-        state = _decode(self._read(os.fspath(directory)))
-        if args is None or args.item is None:
+        item, target = (None, None) if args is None else (args.item, args.target)
+        state = _read(os.fspath(directory), target if item is None else item)
+        if item is None:
             return state
-        args.item.set_state(state)
-        return args.item
-
-    def _read(self, directory: str) -> Any:
-        path = os.path.join(directory, _file_name(processes.index()))
-        try:
-            with open(path, "rb") as file:
-                return json.loads(file.read())
-        except FileNotFoundError:
-            found = sorted(name for name in os.listdir(directory) if name.startswith("process_"))
-            raise StructureMismatchError(
-                f"{directory}: this is process {processes.index()} of {processes.count()}, and the iterator was saved "
-                f"by other processes ({', '.join(found) or 'none'}). Restore with as many processes as saved it, or "
-                "restore without the iterator and set its position yourself."
-            ) from None
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
+        set_saved_state(item, state)
+        return item
 
     @classmethod
     def recorded_typestr(cls) -> str:
@@ -107,8 +117,63 @@ class IteratorCheckpointHandler(CheckpointHandler):
         return any(_PROCESS_FILE.fullmatch(name) for name in os.listdir(directory))
 
 
-def _file_name(process: int) -> str:
-    return f"process_{process}-of-{processes.count()}.json"
+def _file_name(process: int, count: int | None = None) -> str:
+    return f"process_{process}-of-{count or processes.count()}.json"
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _read(directory: str, target: Any) -> Any:
+    """The state of this process, or of all where their number has changed and `target` can divide them anew."""
+    was_bytes = _were_bytes(directory, target)
+    try:
+        return _read_file(directory, _file_name(processes.index()), was_bytes)
+    except FileNotFoundError:
+        names = sorted(name for name in os.listdir(directory) if name.startswith("process_"))
+    counts = {int(found[2]) for name in names if (found := _PROCESS_FILE.fullmatch(name))}
+    complete = [count for count in counts if {_file_name(i, count) for i in range(count)} <= set(names)]
+    if not can_divide_anew(target) or len(complete) != 1:
+        raise _explained(directory, names)
+    files = [_file_name(process, complete[0]) for process in range(complete[0])]
+    states = StatesOfAll(_read_file(directory, name, was_bytes) for name in files)
+    if not hasattr(target, "set_states") and any(state != states[0] for state in states):
+        raise StructureMismatchError(
+            f"{directory}: the {len(states)} processes that saved were not at the same position ({states[0]}, but also "
+            f"{next(state for state in states if state != states[0])}), so {processes.count()} cannot go on from it."
+        )
+    return states
+
+
+def _were_bytes(directory: str, target: Any) -> bool:
+    """Whether the states are bytes; Grain's handler writes no summary, so the object's own state says it."""
+    try:
+        with open(os.path.join(directory, _SUMMARY_FILE), "rb") as file:
+            return bool(json.loads(file.read()).get("state") == "bytes")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return is_stateful(target) and isinstance(target.get_state(), bytes)
+
+
+def _read_file(directory: str, name: str, was_bytes: bool) -> Any:
+    path = os.path.join(directory, name)
+    with open(path, "rb") as file:
+        text = file.read()
+    try:
+        return text_to_state(text, was_bytes=was_bytes)
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _explained(directory: str, found: list[str]) -> StructureMismatchError:
+    return StructureMismatchError(
+        f"{directory}: this is process {processes.index()} of {processes.count()}, and the iterator was saved by other "
+        f"processes ({', '.join(found) or 'none'}). Restore with as many processes as saved it; or use one that divides"
+        " its work anew (with set_states(states): `ckpt_hooks.ShuffledIndices`, Grain's ElasticIterator, yours); or "
+        "restore without the iterator and set its position yourself."
+    )
+
+
+# ------------------------------------------------------------------ args
 
 
 @register_with_handler(IteratorCheckpointHandler, for_save=True)
@@ -122,63 +187,7 @@ class IteratorSaveArgs(CheckpointArgs):
 @register_with_handler(IteratorCheckpointHandler, for_restore=True)
 @dataclasses.dataclass(frozen=True)
 class IteratorRestoreArgs(CheckpointArgs):
-    """Sets the saved state of `item`; None returns the bare state."""
+    """Sets the saved state of `item`; None returns the bare state, as `target` (untouched) will want it set."""
 
     item: Any = None
-
-
-# ------------------------------------------------------------------ JSON with additions
-
-
-def _encode(value: Any, where: str) -> Any:
-    match value:
-        case np.generic() | np.ndarray() | jax.Array():  # first: a NumPy float64 is a Python float too
-            return _encode_array(value, where)
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else {"$float": repr(value)}
-        case bytes():
-            return {"$bytes": base64.b64encode(value).decode()}
-        case dict():
-            if all(isinstance(key, str) and not key.startswith("$") for key in value):
-                return {key: _encode(element, f"{where}[{key!r}]") for key, element in value.items()}
-            pairs = [[_encode(k, where), _encode(v, f"{where}[{k!r}]")] for k, v in value.items()]
-            return {"$dict": pairs}
-        case list():
-            return [_encode(element, f"{where}[{i}]") for i, element in enumerate(value)]
-        case tuple() if not hasattr(value, "_fields"):  # a named tuple would come back as a plain one
-            return {"$tuple": [_encode(element, f"{where}[{i}]") for i, element in enumerate(value)]}
-    raise NotSerializableError(
-        f"{where} holds a {type(value).__module__}.{type(value).__qualname__}; the state of an iterator is made of "
-        "numbers, strings, bytes, lists, tuples, dicts and NumPy arrays."
-    )
-
-
-def _encode_array(value: Any, where: str) -> dict[str, Any]:
-    array = np.asarray(value)
-    if array.dtype.kind not in "biufc":
-        raise NotSerializableError(f"{where} holds an array of dtype {array.dtype}")
-    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-    kind = "$scalar" if isinstance(value, np.generic) else "$array"
-    return {kind: [array.dtype.str, list(array.shape), data]}
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(element) for element in value]
-    if not isinstance(value, dict):
-        return value
-    match list(value.items()):
-        case [("$float", text)]:
-            return float(text)
-        case [("$bytes", text)]:
-            return base64.b64decode(text)
-        case [("$tuple", elements)]:
-            return tuple(_decode(element) for element in elements)
-        case [("$dict", pairs)]:
-            return {_decode(key): _decode(element) for key, element in pairs}
-        case [("$array" | "$scalar" as kind, (dtype, shape, data))]:
-            array = np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
-            return array[()] if kind == "$scalar" else array
-    return {key: _decode(element) for key, element in value.items()}
+    target: Any = None
