@@ -388,7 +388,7 @@ def test_running_ahead_ends_with_its_iterator() -> None:
 def test_running_ahead_draws_ahead() -> None:
     """Elements are drawn, and put, before they are needed: exactly as many as asked for."""
     put: list[Any] = []
-    ahead = RunAhead(ShuffledIndices(10, 2), num_ahead=3, put=lambda element: put.append(element) or element)
+    ahead = RunAhead(ShuffledIndices(10, 2), num_ahead=3, put=put.append)
     next(ahead)
     assert len(put) == 4
     next(ahead)
