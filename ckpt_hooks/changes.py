@@ -122,6 +122,11 @@ class Changes:
     # -------------------------------------------------------------- one item
 
     @property
+    def has_new_names(self) -> bool:
+        """Whether leaves may have other names than they were saved under."""
+        return self.rename is not None
+
+    @property
     def is_exact(self) -> bool:
         """Whether nothing may differ but what `cast=True` allows."""
         return self == dataclasses.replace(EXACT, cast=bool(self.cast is True), item=self.item)

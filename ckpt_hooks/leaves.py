@@ -18,6 +18,7 @@ from ckpt_hooks.storage.layout import ArraySpec
 
 __all__ = [
     "DELETED",
+    "FUNCTION",
     "LeafPlan",
     "array_metadata_file",
     "describe_leaf",
@@ -62,7 +63,7 @@ class LeafPlan:
     """How a leaf of a given signature is stored.
 
     Attributes:
-      value_type: Orbax's word for it: jax.Array, np.ndarray, scalar or string.
+      value_type: Orbax's word for it: jax.Array, np.ndarray, scalar or string; None for what is not stored.
       array: its array on disk; None for a string.
       is_sharded: whether each device holds a different part.
       key_impl: the implementation of a typed PRNG key, whose data is stored as unsigned integers.
@@ -76,6 +77,9 @@ class LeafPlan:
     key_impl: str | None = None
     sharding: str | None = None
     is_buffer: bool = False
+
+
+FUNCTION = LeafPlan("None", None)  # of an Equinox module
 
 
 def is_prng_key(value: Any) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ckpt_hooks import events, tree
 from ckpt_hooks.changes import EXACT, Changes, is_floating
+from ckpt_hooks.equinox_modules import functions_among
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
 from ckpt_hooks.storage.reader import ArrayInfo, Database
@@ -67,15 +68,25 @@ class SavedTree:
         changes.require_some(saved_names)
         if like is NO_TARGET:
             return self._restore_plain(changes)
-        targets = tree.named_leaves(like)
-        if changes.is_exact:
+        everything = tree.named_leaves(like)
+        kept = self._kept_functions(everything, changes)
+        targets = {name: leaf for name, leaf in everything.items() if name not in kept} if kept else everything
+        if changes.is_exact and not kept:
             values = self._restore_leaves(self.leaves, targets, changes)
         else:
+            saved_names = saved_names or changes.renamed(self.leaves)
             leaves = {name: self.leaves[old] for name, old in saved_names.items()}
             wanted = changes.wanted(targets, leaves)
             restored = dict(zip(wanted, self._restore_leaves(leaves, wanted, changes, saved_names), strict=True))
-            values = [restored.get(name, leaf) for name, leaf in targets.items()]
+            values = [restored.get(name, leaf) for name, leaf in everything.items()]
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
+
+    def _kept_functions(self, targets: Mapping[str, Any], changes: Changes) -> frozenset[str]:
+        """The functions of a target that stay as they are, nothing having been saved in their places."""
+        functions = functions_among(targets)
+        if not functions or changes.has_new_names:
+            return functions
+        return functions & {record.name for record in self._records if record.is_empty}
 
     def _restore_leaves(
         self,

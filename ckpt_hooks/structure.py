@@ -116,7 +116,7 @@ def describe(node: Any) -> Record:
         return {}
     children = _children(node)
     if children is None:
-        return {}
+        return {"function": True} if callable(node) else {}
     record = _describe_node(node, tuple(children))
     inside = {str(key): found for key, child in children.items() if (found := describe(child))}
     return {**record, "children": inside} if inside else record
@@ -263,6 +263,9 @@ class _Builder:
     def put_together(self, plain: Any, record: Record, place: str) -> Any:
         if "scalar" in record:
             return plain[()]
+        if "function" in record:
+            self._unrecorded.append(place)  # what stands there is None, which `eqx.combine` replaces
+            return plain
         if record.get("type") == _TUPLE:
             return tuple(plain)
         name = record.get("type", "builtins:dict")

@@ -1,7 +1,7 @@
 """A training state as named items and back. Pure, and without a registry of types.
 
 A state is split one level down: a mapping by its keys, a dataclass, `flax.struct` or named tuple by its pytree
-fields. Anything else is the single item ``state``.
+fields. Anything else is the single item ``state``, and so is a module of NNX or Equinox.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from ckpt_hooks.equinox_modules import is_module
 from ckpt_hooks.errors import InvalidArgumentError
 
 __all__ = ["WHOLE", "PureState", "join", "split"]
@@ -79,7 +80,7 @@ def _named_parts(state: Any) -> dict[str, Any] | None:
         return {name: state[name] for name in sorted(state)}  # what follows gives the same, more slowly
     if _is_plain_dataclass(state):
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    if isinstance(state, PureState) or (isinstance(state, Mapping) and not state):
+    if isinstance(state, PureState) or is_module(state) or (isinstance(state, Mapping) and not state):
         return None
     try:
         children, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: node is not state)

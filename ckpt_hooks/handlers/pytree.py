@@ -26,10 +26,12 @@ from etils import epath
 
 from ckpt_hooks import processes, structure, tree
 from ckpt_hooks.changes import Changes
+from ckpt_hooks.equinox_modules import functions_in_modules
 from ckpt_hooks.errors import InvalidArgumentError, UnsupportedLeafError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
 from ckpt_hooks.leaves import (
     DELETED,
+    FUNCTION,
     LeafPlan,
     array_metadata_file,
     describe_leaf,
@@ -185,8 +187,10 @@ class Plan:
 
     def __init__(self, item: Any, num_processes: int, compresses: bool = False, part_of: str | None = None) -> None:
         named = tree.flatten(item)
-        self._names = [leaf.name for leaf in named if not leaf.is_empty]
-        self._leaves = [describe_leaf(leaf.name, leaf.value) for leaf in named if not leaf.is_empty]
+        filled = [leaf for leaf in named if not leaf.is_empty]
+        self._names = [leaf.name for leaf in filled]
+        functions = functions_in_modules(item) if any(callable(leaf.value) for leaf in filled) else ()
+        self._leaves = [FUNCTION if leaf.name in functions else describe_leaf(leaf.name, leaf.value) for leaf in filled]
         self._jax_arrays = [number for number, leaf in enumerate(self._leaves) if leaf.value_type == "jax.Array"]
         self._has_only_buffers = all(leaf.is_buffer for leaf in self._leaves)
         arrays = [leaf.array for leaf in self._leaves if leaf.array]
@@ -248,7 +252,8 @@ class Plan:
         mutable, remote, strings = set(), {}, {}
         for name, plan, leaf in zip(self._names, self._leaves, leaves, strict=True):
             if plan.array is None:
-                strings[name] = leaf
+                if plan is not FUNCTION:
+                    strings[name] = leaf
                 continue
             for source in _chunks(name, plan, leaf, process):
                 if plan.value_type == "np.ndarray":
