@@ -32,6 +32,7 @@ from ckpt_hooks.init_from import InitFrom
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.metadata import MetadataStore, StepMetadata, metadata_store
 from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.requested import restore
 from ckpt_hooks.retention import BestN, EveryNSteps, LatestN
 from ckpt_hooks.temporary_paths import (
     AtomicRenameTemporaryPath,
@@ -76,4 +77,5 @@ __all__ = [
     "errors",
     "metadata_store",
     "register_with_handler",
+    "restore",
 ]

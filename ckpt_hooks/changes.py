@@ -112,6 +112,12 @@ class Changes:
         only = tuple(_name(path, begin) for path in inner(self.only))
         return dataclasses.replace(self, rename=rename or None, only=only, item=item)
 
+    def of_whole_tree(self, asked: Iterable[str]) -> Changes:
+        """Those of a tree whose top keys are taken for items, of which these are asked for."""
+        parts = {path.split("/")[0] for path in self.only}
+        changes = self.within("")
+        return dataclasses.replace(changes, only=(*changes.only, *(name for name in asked if name not in parts)))
+
     def saved_items(self, names: Iterable[str]) -> dict[str, str]:
         """{name: the name under which the item was saved}."""
         renamed = self.rename if isinstance(self.rename, Mapping) else {}

@@ -23,6 +23,7 @@ from ckpt_hooks import tree
 from ckpt_hooks.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_hooks.handlers.composite import CompositeArgs
 from ckpt_hooks.manager import CheckpointManager
+from ckpt_hooks.run import RunDirectory
 
 __all__ = ["main"]
 
@@ -67,12 +68,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _ls(manager: CheckpointManager, options: argparse.Namespace) -> int:
-    del options
+    run = RunDirectory(options.run)
+    run.take_stock()
     rows = [("step", "size", "committed", "metrics")]
     for step in manager.steps():
         metadata = manager.metadata(step)
         metrics = ", ".join(f"{name}={_number(value)}" for name, value in metadata.metrics.items())
-        size = _size(_tree_nbytes(os.path.join(manager.directory, str(step))))
+        size = _size(_tree_nbytes(run.find(step)))
         rows.append((str(step), size, _time(metadata.commit_timestamp_nsecs), metrics))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
@@ -164,6 +166,8 @@ def _size(nbytes: float) -> str:
 
 
 def _tree_nbytes(path: str) -> int:
+    if os.path.isfile(path):
+        return os.path.getsize(path)
     return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
 
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from ckpt_hooks import train_state
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError
+from ckpt_hooks.handlers.flax_files import is_flax_checkpoint
 from ckpt_hooks.manager import CheckpointManager
-from ckpt_hooks.temporary_paths import is_committed
+from ckpt_hooks.requested import RestoreRequest, is_run
 
 __all__ = ["InitFrom"]
 
@@ -24,7 +25,7 @@ class InitFrom:
     """Parts of a state that come from another run when this one has no checkpoint yet.
 
     Attributes:
-      directory: a run, or one checkpoint of it (``runs/base/1000``).
+      directory: a run, or one checkpoint (``runs/base/1000``), whoever wrote it; also a msgpack file of Flax's.
       items: which items, or paths below them as in `CheckpointManager.restore`; everything else stays as it was made.
       step: of a run: a step, "best", or None for the newest that verifies.
       cast, missing, unexpected, rename: how they may differ, as in `CheckpointManager.restore`.
@@ -59,19 +60,23 @@ class InitFrom:
 
         Raises CheckpointNotFoundError where there is nothing, and what `CheckpointManager.restore` raises.
         """
-        directory, step = self._run_and_step()
-        with CheckpointManager(directory) as manager:
-            if manager.latest_step() is None:
-                raise CheckpointNotFoundError(f"init_from: {directory} has no checkpoint to begin with")
-            found, parts = manager.restore_with_step(state, step=step, items=self.items, changes=self._changes())
-        _log.info("%s begin as they were at step %d of %s", sorted(parts), found, directory)
+        path = os.path.abspath(os.path.expanduser(self.directory))
+        is_one = is_flax_checkpoint(path) and not is_run(path)
+        parts = self._from_checkpoint(path, state) if is_one else self._from_run(path, state)
         return train_state.join(state, {**train_state.split(state), **parts})
 
-    def _run_and_step(self) -> tuple[str, Any]:
-        path = os.path.abspath(os.fspath(self.directory))
-        run, name = os.path.split(path)
-        if not (name.isascii() and name.isdecimal() and is_committed(path)):
-            return path, self.step
+    def _from_checkpoint(self, path: str, state: Any) -> Any:
         if self.step is not None:
             raise InvalidArgumentError(f"init_from: {path} is a checkpoint, so step={self.step!r} has no meaning")
-        return run, int(name)
+        request = RestoreRequest(state, items=self.items, changes=self._changes(), objects={})
+        parts = request.deliver(*request.read(path))
+        _log.info("%s begin as they are in %s", sorted(parts), path)
+        return parts
+
+    def _from_run(self, path: str, state: Any) -> Any:
+        with CheckpointManager(path) as manager:
+            if manager.latest_step() is None:
+                raise CheckpointNotFoundError(f"init_from: {path} has no checkpoint to begin with")
+            found, parts = manager.restore_with_step(state, step=self.step, items=self.items, changes=self._changes())
+        _log.info("%s begin as they were at step %d of %s", sorted(parts), found, path)
+        return parts

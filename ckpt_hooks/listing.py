@@ -18,6 +18,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ckpt_hooks.handlers.flax_files import PREFIX
+
 __all__ = ["Listing", "Names"]
 
 # Types of file systems (statfs(2)) that only this kernel changes, with its own clock.
@@ -35,6 +37,8 @@ _LOCAL = frozenset(
 _CLOCK_REALTIME_COARSE = 5  # the clock that change times are taken from; `time` has no name for it
 _SECOND_NSECS = 1_000_000_000
 
+_FLAX = PREFIX.encode()
+
 _Stamp = tuple[int, int, int]  # (device, inode, change time in ns)
 
 
@@ -43,10 +47,12 @@ class Names(NamedTuple):
 
     Attributes:
       steps: those that are the integer of a step, newest first, committed or not.
+      flax_steps: the integers in those that are as Flax calls its checkpoints, newest first.
       others: those that are no integer.
     """
 
     steps: Sequence[int] = ()
+    flax_steps: Sequence[int] = ()
     others: Sequence[str] = ()
 
 
@@ -75,9 +81,16 @@ class Listing:
 def _listed(directory: bytes) -> Names:
     names = os.listdir(directory)
     # As bytes, because `bytes.isdigit` knows only ASCII: int("٢٠") is 20 too. "010" is not how a step is written.
+    others = [os.fsdecode(name) for name in names if not name.isdigit()]
+    begins = [name.removeprefix(_FLAX) for name in names if name.startswith(_FLAX)]
+    return Names(_integers(names), _integers(begins) if begins else (), others)
+
+
+def _integers(names: Sequence[bytes]) -> Sequence[int]:
+    """Newest first."""
     steps = [int(name) for name in names if name.isdigit() and (name[0] != ord("0") or len(name) == 1)]
     steps.sort(reverse=True)
-    return Names(steps, [os.fsdecode(name) for name in names if not name.isdigit()])
+    return steps
 
 
 def _stamp_of(directory: bytes) -> _Stamp:

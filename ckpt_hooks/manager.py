@@ -20,14 +20,15 @@ from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, exp
 from ckpt_hooks.graph_objects import NNX, GraphObjects
 from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
-from ckpt_hooks.handlers.iterator import IteratorSaveArgs, require_stateful, set_saved_state
+from ckpt_hooks.handlers.iterator import IteratorSaveArgs, require_stateful
 from ckpt_hooks.handlers.json import JsonSaveArgs
 from ckpt_hooks.handlers.pytree import ArrayOptions, StandardSaveArgs
 from ckpt_hooks.item_handlers import item_handlers
 from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import read_unchanged
-from ckpt_hooks.restoring import find_problems, read_metadata, read_newest, restore_checkpoint
+from ckpt_hooks.requested import RestoreRequest
+from ckpt_hooks.restoring import find_problems, read_metadata, read_newest
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage import commit
 from ckpt_hooks.structure import describe_state
@@ -155,7 +156,7 @@ class CheckpointManager:
                 raise
             if self._decides and not run.is_locked:
                 run.lock()
-            if not force and run.known and step <= run.known[-1]:
+            if not force and ((run.known and step <= run.known[-1]) or step <= run.flax_newest):
                 self._require_newer(step)
             if self._decides and self._retention.ranks:
                 retention.check_recorded(self._retention.policies, self._known_metrics(), numbers)
@@ -205,7 +206,7 @@ class CheckpointManager:
         """When `step` is durable: sets newer ones aside, and removes what need not stay."""
         run, keep = self._run, self._retention
         run.recorded[step] = metrics
-        if run.known and step <= run.known[-1]:
+        if (run.known and step <= run.known[-1]) or step <= run.flax_newest:
             run.roll_back(step)
         else:
             run.known.append(step)
@@ -291,23 +292,15 @@ class CheckpointManager:
     ) -> tuple[int, Any]:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
         self.wait()
-        taken = GraphObjects(like, objects)
-        taken.check()
-        for name, value in taken.others.items():
-            require_stateful(name, value)
-        read = functools.partial(
-            restore_checkpoint, like=taken.state, items=items, changes=changes, objects=taken.items
-        )
+        request = RestoreRequest(like, items=items, changes=changes, objects=objects)
         with Together(self._processes, self._timeout_secs) as all_processes:
             if step is not None and step != "latest":
                 number = self._best_or_raise() if step == "best" else check_step(step)
-                restored, states = read(self._run.require(number))
+                restored, states = request.read(self._run.require(number))
             else:
-                number, (restored, states) = read_newest(self._run, read)
+                number, (restored, states) = read_newest(self._run, request.read)
             all_processes.claim = f"restored step {number}"
-        for name, value in taken.others.items():
-            set_saved_state(value, states[name])
-        return number, taken.update(restored, states)
+        return number, request.deliver(restored, states)
 
     def _best_or_raise(self) -> int:
         best = self.best_step()

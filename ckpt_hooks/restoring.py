@@ -28,6 +28,7 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.handlers.base import CheckpointArgs, get_handler_type
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
+from ckpt_hooks.handlers.flax_files import handler_at
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
@@ -67,7 +68,7 @@ def read_newest(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
 def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[int, _T]:
     rejected: dict[int, str] = {}
     for step in run.newest_first():
-        path = run.step_path(step)
+        path = run.find(step)
         with contextlib.closing(Watch(path)) as watch:
             if step != next((other for other in run.newest_first() if other not in rejected), None):
                 raise OvertakenError  # so it may be another one that is watched, and not the newest when it came
@@ -138,11 +139,10 @@ def _restore(
     path: str, like: Any, asked: list[str] | None, changes: Changes, objects: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     checkpoint = _Checkpoint(path, changes)
-    if checkpoint.is_single_tree:
-        if asked is not None or objects:
-            wanted = [*(asked or ()), *objects]
-            raise ItemNotFoundError(f"{path} is one pytree without items, so it has no {wanted}; leave them out")
-        return checkpoint.restore_tree(like), {}
+    if checkpoint.tree_handler is not None and objects:
+        raise ItemNotFoundError(f"{path} is one pytree without items, so it has no {[*objects]}; leave them out")
+    if checkpoint.tree_handler is not None or (not objects and checkpoint.is_outside(asked)):
+        return checkpoint.restore_tree(like, asked), {}
     whole = checkpoint.whole_item(like) if asked is None else None
     if like is None:
         names = checkpoint.restorable(objects) if asked is None else asked
@@ -166,8 +166,8 @@ class _Checkpoint:
     def __init__(self, path: str, changes: Changes = EXACT) -> None:
         self.path = path
         self.changes = changes
-        self.is_single_tree = StandardCheckpointHandler.recognizes(path)
-        if self.is_single_tree:
+        self.tree_handler = handler_at(path)
+        if self.tree_handler is not None:
             return
         with os.scandir(path) as entries:
             present = {entry.name for entry in entries if entry.is_dir() and not is_temporary(entry.name)}
@@ -186,9 +186,26 @@ class _Checkpoint:
         # An item that has lost its files counts as a tree if its handler was one: it is damage, not absence.
         self.trees |= {name for name, handler in recorded.items() if _is_tree_handler(handler)}
 
-    def restore_tree(self, like: Any) -> Any:
-        args = StandardRestoreArgs(like, changes=self.changes.within(""))
-        return read_checkpoint(StandardCheckpointHandler(), epath.Path(self.path), args)
+    def restore_tree(self, like: Any, asked: list[str] | None) -> Any:
+        """The tree of a checkpoint that is one, or, as if it had items, the parts of it that are `asked` for."""
+        if self.changes.typed and asked is not None:
+            raise InvalidArgumentError(f"{self.path} is one pytree, which typed=True gives whole; leave items= out")
+        changes = self.changes.within("") if asked is None else self.changes.of_whole_tree(asked)
+        parts = None if asked is None or like is None else train_state.split(like)
+        if parts is not None:
+            _require_parts(asked, parts)
+        restored = self._read_tree(StandardRestoreArgs(like, changes=changes))
+        if asked is None:
+            return restored
+        restored = restored if like is None else train_state.split(restored)
+        return {name: restored[name] for name in asked}
+
+    def _read_tree(self, args: StandardRestoreArgs) -> Any:
+        path = epath.Path(self.path)
+        if self.tree_handler is not None:
+            return read_checkpoint(self.tree_handler, path, args)
+        name = self.single_item
+        return read_checkpoint(CompositeCheckpointHandler(name), path, CompositeArgs(**{name: args}))[name]
 
     def restore_items(
         self, parts: Mapping[str, Any], objects: Mapping[str, Any], *, with_target: bool
@@ -218,7 +235,7 @@ class _Checkpoint:
 
     def typed(self, restored: Any, *, is_whole: bool) -> Any:
         """What was restored without a target, in the types that it was saved in."""
-        if self.is_single_tree:
+        if self.tree_handler is not None:
             return structure.typed_item(self.path, restored)
         directories = {name: os.path.join(self.path, name) for name in restored if name in self.trees}
         parts = {**restored, **{name: structure.typed_item(path, restored[name]) for name, path in directories.items()}}
@@ -229,21 +246,27 @@ class _Checkpoint:
         metrics = {METRICS_ITEM} - self.trees
         return sorted(self.saved - metrics - objects.keys())
 
+    @property
+    def single_item(self) -> str:
+        """The one item that is a tree, where its name says that it is all of a state; "" where there is none."""
+        return next((name for name in self.trees if len(self.trees) == 1 and name in _SINGLE_ITEMS), "")
+
     def whole_item(self, like: Any) -> str | None:
         """The one item that all of `like` is, where the checkpoint has a single tree under a name of its own."""
-        if like is None or len(self.trees) != 1:
+        name = self.single_item
+        if like is None or not name or train_state.split(like).keys() == {name}:
             return None
-        (name,) = self.trees
-        parts = train_state.split(like)
-        return name if name in _SINGLE_ITEMS and parts.keys() != {name} else None
+        return name
+
+    def is_outside(self, asked: Iterable[str] | None) -> bool:
+        """Whether what is asked for can only be parts of the one item that is all of the state."""
+        return asked is not None and bool(self.single_item) and self.saved.isdisjoint(asked)
 
     def parts_of(self, like: Any, asked: list[str] | None, objects: Mapping[str, Any]) -> dict[str, Any]:
         """{item: the part of `like` that it is restored into}."""
         parts = train_state.split(like)
         wanted = parts if asked is None else {name: parts[name] for name in asked if name in parts}
-        absent = [name for name in asked or () if name not in parts]
-        if absent:
-            raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
+        _require_parts(asked, parts)
         saved = self.changes.saved_items(wanted)
         missing = [name for name, part in wanted.items() if saved[name] not in self.saved and _has_leaves(part)]
         if missing:
@@ -265,6 +288,12 @@ class _Checkpoint:
             )
         for name in missing:
             self.changes.within(name).wanted(tree.named_leaves(wanted[name]), {})  # raises where there is none to keep
+
+
+def _require_parts(asked: Iterable[str] | None, parts: Mapping[str, Any]) -> None:
+    absent = [name for name in asked or () if name not in parts]
+    if absent:
+        raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
 
 
 def _has_leaves(part: Any) -> bool:
@@ -291,8 +320,6 @@ def read_metadata(path: str) -> StepMetadata:
     """The metadata of a checkpoint, with shapes and dtypes of its pytree items."""
 
     def describe() -> StepMetadata:
-        single = StandardCheckpointHandler.recognizes(path)
-        handler = StandardCheckpointHandler() if single else CompositeCheckpointHandler()
-        return describe_checkpoint(handler, epath.Path(path))
+        return describe_checkpoint(handler_at(path) or CompositeCheckpointHandler(), epath.Path(path))
 
     return read_unchanged(path, describe)

@@ -1,7 +1,8 @@
 """The directory of a run: which steps it holds, what they recorded, who may write to it.
 
-``<directory>/<step>/`` is a checkpoint if its name is the step's integer and it was committed. Everything else in
-the directory is left alone.
+``<directory>/<step>/`` is a checkpoint if its name is the step's integer and it was committed. Where there is none,
+``<directory>/checkpoint_<step>`` is, as Flax wrote it: it is read, and set aside where the run goes back beyond it, but
+never written, and neither counted nor removed by retention. Everything else in the directory is left alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
+    InvalidArgumentError,
     UnwritableDirectoryError,
     explain_os_error,
 )
+from ckpt_hooks.handlers.flax_files import PREFIX, flax_path, is_flax_checkpoint
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
-from ckpt_hooks.listing import Listing
+from ckpt_hooks.listing import Listing, Names
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.storage import commit
@@ -63,6 +66,7 @@ class RunDirectory:
         # is none; `older` are the steps below them that nobody has looked at, oldest first.
         self.known: collections.deque[int] = collections.deque()
         self.older: list[int] = []
+        self.flax_newest = -1  # of Flax's own steps, when the directory was last listed
         self.is_locked = False
         self._listing = Listing(self.path)
         self._lock: commit.DirectoryLock | None = None
@@ -70,7 +74,15 @@ class RunDirectory:
         self.recorded: dict[int, Mapping[str, Any]] = {}  # what steps recorded, where it was asked for
 
     def step_path(self, step: int) -> str:
+        """Where a step of ours is, or will be."""
         return os.path.join(self.path, str(step))
+
+    def find(self, step: int) -> str:
+        """Where a step is: Flax's, where there is none of ours."""
+        path = self.step_path(step)
+        if step <= self.flax_newest and not is_committed(path) and is_flax_checkpoint(flax_path(self.path, step)):
+            return flax_path(self.path, step)
+        return path
 
     # -------------------------------------------------------------- reading
 
@@ -83,11 +95,17 @@ class RunDirectory:
 
         Raises OvertakenError where it finds one gone; `anew_if_overtaken` is for that.
         """
-        for step in self._listing.names().steps:
+        for step in self._listed_steps():
             if self.is_checkpoint(step):
                 yield step
-            elif step not in self.rejected and not os.path.lexists(self.step_path(step)):
+            elif step not in self.rejected and not os.path.lexists(self.find(step)):
                 raise OvertakenError
+
+    def _listed_steps(self) -> Sequence[int]:
+        """Newest first, committed or not."""
+        steps, flax_steps, _ = self._listing.names()
+        self.flax_newest = max(flax_steps, default=-1)
+        return sorted({*steps, *flax_steps}, reverse=True) if flax_steps else steps
 
     def anew_if_overtaken(self, look: Callable[[], _T]) -> _T:
         """What `look` finds in a listing none of whose steps a writer has removed in the meantime."""
@@ -106,12 +124,12 @@ class RunDirectory:
 
     def is_checkpoint(self, step: int) -> bool:
         """Whether the step is committed and has not been rejected."""
-        path = self.step_path(step)
+        path = self.find(step)
         if step in self.rejected:
             if self._rejected_inodes.get(step) == _inode(path):
                 return False
             del self.rejected[step]  # somebody has put another one there
-        committed = is_committed(path)
+        committed = path != self.step_path(step) or is_committed(path)
         if not committed and path not in self._warned and os.path.lexists(path):
             self._warned.add(path)
             _log.warning("%s is not a checkpoint (it was never committed) and is ignored", path)
@@ -120,9 +138,11 @@ class RunDirectory:
     def require(self, step: int) -> str:
         """The path of a committed step; CheckpointNotFoundError names those there are."""
         path = self.step_path(step)
-        if not os.path.isdir(path):
-            raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}; there are {self.steps()}")
         if not is_committed(path):
+            if is_flax_checkpoint(flax_path(self.path, step)):
+                return flax_path(self.path, step)
+            if not os.path.isdir(path):
+                raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}; there are {self.steps()}")
             if not os.path.lexists(path):  # a writer has removed it in between
                 raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}")
             raise IncompleteCheckpointError(f"step {step} of {self.path} was never committed; there are {self.steps()}")
@@ -153,7 +173,7 @@ class RunDirectory:
             recorded = {}
             for step in self.newest_first():
                 recorded[step] = self.metrics(step)
-                if not recorded[step] and not os.path.lexists(self.step_path(step)):
+                if not recorded[step] and not os.path.lexists(self.find(step)):
                     raise OvertakenError  # it recorded something, perhaps, and nobody can say any more what
             return recorded
 
@@ -203,7 +223,7 @@ class RunDirectory:
             for name in commit.remove_dead_temporaries(self.path):
                 _log.info("removed %s, left in %s by a writer that died", name, self.path)
             names = self._listing.names()  # it may have put back a checkpoint
-        self.take_stock(names.steps)
+        self.take_stock(names)
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -211,10 +231,11 @@ class RunDirectory:
             self._lock = None
             self.is_locked = False
 
-    def take_stock(self, newest_first: Sequence[int] | None = None) -> None:
+    def take_stock(self, names: Names | None = None) -> None:
         """Begins anew with what is known of the run's steps, which is its newest one."""
-        steps = self._listing.names().steps if newest_first is None else newest_first
-        self.older = list(reversed(steps))
+        names = self._listing.names() if names is None else names
+        self.older = list(reversed(names.steps))
+        self.flax_newest = max(names.flax_steps, default=-1)
         self.known.clear()
         self.know(1)
 
@@ -228,15 +249,15 @@ class RunDirectory:
     def make_way(self, step: int) -> None:
         """Moves aside what is no checkpoint and is in the way of one: damaged steps, and a stray directory."""
         for rejected in list(self.rejected):
-            self._set_aside(rejected, "damaged")
+            self._set_aside(rejected, "damaged", self.find(rejected))
             del self.rejected[rejected]
         if os.path.lexists(self.step_path(step)) and not is_committed(self.step_path(step)):
-            self._set_aside(step, "stray")
+            self._set_aside(step, "stray", self.step_path(step))
 
     def reject(self, reasons: Mapping[int, str]) -> None:
         """These steps do not verify: they are no checkpoints from now on, and `make_way` moves them aside."""
         self.rejected.update(reasons)
-        self._rejected_inodes.update({step: _inode(self.step_path(step)) for step in reasons})
+        self._rejected_inodes.update({step: _inode(self.find(step)) for step in reasons})
         if self.is_locked:
             self.take_stock()
 
@@ -247,16 +268,18 @@ class RunDirectory:
         )
         try:
             for other in reversed(newer):  # until the last one has gone, the newest is what it was
-                self._set_aside(other, "rolled_back")
+                self._set_aside(other, "rolled_back", self.find(other))
+            if self.find(step) == self.step_path(step):  # or Flax's of this step would be back when ours is gone
+                self._set_aside(step, "rolled_back", flax_path(self.path, step))
         finally:
             self.take_stock()
 
-    def _set_aside(self, step: int, label: str) -> None:
+    def _set_aside(self, step: int, label: str, path: str) -> None:
         # As ``<step>.<label>``, where nobody takes it for a checkpoint and nobody deletes it.
         self.recorded.pop(step, None)
-        path = self.step_path(step)
         try:
-            aside = commit.move_aside(path, label)
+            # Not as ``checkpoint_<step>.<label>``, which Flax would take for its newest.
+            aside = commit.move_aside(path, label, beside=self.step_path(step))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -266,7 +289,7 @@ class RunDirectory:
     def remove(self, step: int) -> None:
         """Removes a step; a reader sees all of it or nothing."""
         self.recorded.pop(step, None)
-        path = self.step_path(step)
+        path = self._require_own(step)
         try:
             commit.remove_tree(path)
         except OSError as error:
@@ -274,10 +297,19 @@ class RunDirectory:
         finally:
             self.take_stock()
 
+    def _require_own(self, step: int) -> str:
+        """The path of a step that may be changed."""
+        if self.find(step) != self.step_path(step):
+            raise InvalidArgumentError(
+                f"step {step} of {self.path} is Flax's {PREFIX}{step}, which is only read: remove it yourself, or save "
+                "its state anew, at a step above the newest or with force=True."
+            )
+        return self.step_path(step)
+
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds metrics to a committed step; a crash in between leaves the old ones or the new ones."""
         metadata = self.metadata(step)
-        path = self.require(step)
+        path = self._require_own(step)
         merged = {**self.metrics(step), **metrics}
         item_handlers = metadata.item_handlers
         changed = {}

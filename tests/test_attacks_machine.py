@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 BROKEN = {
     "retention keeps the oldest": "retention.LatestN.keep = lambda self, metrics: set(sorted(metrics)[: self.n])",
     "damage is not looked for": "checksums.FileChecksums.check = reader.check_piece = lambda *args, **options: None",
-    "nothing is set aside": "commit.move_aside = lambda path, label: path",
+    "nothing is set aside": "commit.move_aside = lambda path, label, beside: path",
     "a second writer is let in": "commit.DirectoryLock.__init__ = lambda self, path: None",
 }
 

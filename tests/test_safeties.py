@@ -52,9 +52,12 @@ def test_a_commit_gives_the_lock_back(tmp_path: Path, path_class: type[Temporary
     assert temporary.get_final().is_dir()
 
 
-def test_items_are_not_restored_from_a_checkpoint_without_items(tmp_path: Path) -> None:
-    """A checkpoint that is one pytree has no items, and says so."""
+def test_a_checkpoint_without_items_has_parts_and_no_objects(tmp_path: Path) -> None:
+    """A checkpoint that is one pytree has no item that belongs to an object, and says so; its keys stand for items."""
     with Checkpointer(StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(tmp_path / "1", {"w": np.arange(3.0)})
+        checkpointer.save(tmp_path / "1", {"w": np.arange(3.0), "b": 1})
     with pytest.raises(ItemNotFoundError, match="one pytree without items"):
-        restore_checkpoint(str(tmp_path / "1"), items=["w"])
+        restore_checkpoint(str(tmp_path / "1"), objects={"data": object()})
+    assert restore_checkpoint(str(tmp_path / "1"), items=["b"])[0] == {"b": 1}
+    with pytest.raises(ItemNotFoundError, match="nothing is saved at 'x'"):
+        restore_checkpoint(str(tmp_path / "1"), items=["x"])

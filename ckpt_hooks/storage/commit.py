@@ -293,9 +293,9 @@ def _remove_again() -> None:
             _log.warning("still cannot remove %s: %s", path, error)
 
 
-def move_aside(path: str, label: str) -> str:
-    """Renames a checkpoint so that nobody takes it for one, and returns where it is now."""
-    aside = _unused(f"{path}.{label}", "")
+def move_aside(path: str, label: str, beside: str = "") -> str:
+    """Renames a checkpoint so that nobody takes it for one, to ``<beside>.<label>``; returns where it is now."""
+    aside = _unused(f"{beside or path}.{label}", "")
     os.rename(path, aside)
     sync_directory(os.path.dirname(path))
     return aside

@@ -1,0 +1,186 @@
+"""Flax's own checkpoints: `checkpoint_<step>`, a msgpack file, or a directory where Flax saved through Orbax.
+
+`flax.training.checkpoints.save_checkpoint` wrote them. They are only read. A directory is a pytree like any other of
+Orbax's; a file is one msgpack map, which is read whole, has no checksums, and whose arrays are extensions::
+
+    1: (shape, dtype name, bytes) of an array    2: (real, imaginary) of a Python complex    3: as 1, of a NumPy scalar
+
+Neither Flax nor msgpack is imported before the first such file is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ckpt_hooks import tree
+from ckpt_hooks.changes import Changes
+from ckpt_hooks.errors import CorruptCheckpointError, UnsupportedLeafError
+from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
+from ckpt_hooks.loading import NO_TARGET, SavedTree
+from ckpt_hooks.storage.reader import ArrayInfo
+from ckpt_hooks.temporary_paths import is_committed
+
+__all__ = ["PREFIX", "FlaxFileHandler", "flax_path", "handler_at", "is_flax_checkpoint", "is_flax_file"]
+
+PREFIX = "checkpoint_"  # Flax's default; who chose another one names the path
+
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+_CHUNKED = "__msgpack_chunked_array__"  # an array above Flax's bound, as {this: True, "shape": {}, "chunks": {}}
+_ELSEWHERE = "//GDAPlaceholder:"  # an array that was spread over processes, in a directory beside the file
+_OLD_NAMED_TUPLE = {"name", "fields", "values"}
+
+
+def flax_path(directory: str, step: int) -> str:
+    """Where Flax keeps a step of the run in `directory`."""
+    return os.path.join(directory, f"{PREFIX}{step}")
+
+
+def is_flax_file(path: str) -> bool:
+    """Whether this is a file, as no other checkpoint is."""
+    return os.path.isfile(path)
+
+
+def is_flax_checkpoint(path: str) -> bool:
+    """Whether there is a checkpoint, whole as far as a look at it can tell."""
+    return is_flax_file(path) or is_committed(path)
+
+
+class FlaxFileHandler:
+    """Restores the tree in a msgpack file; a target is fitted as in any other checkpoint.
+
+    Raises CorruptCheckpointError for what is no such file, or not all of it, and UnsupportedLeafError for a leaf that
+    no tree of ours can hold. Both before `like` is looked at.
+    """
+
+    def restore(self, directory: epath.Path, args: StandardRestoreArgs | None = None) -> Any:
+        args = StandardRestoreArgs() if args is None else args
+        saved = FlaxFile(os.fspath(directory))
+        target = NO_TARGET if args.item is None else args.item
+        return saved.restore(target, args.changes or Changes(cast=args.cast))
+
+    def metadata(self, directory: epath.Path) -> Any:
+        """The tree with a `jax.ShapeDtypeStruct` for each array."""
+        return FlaxFile(os.fspath(directory)).metadata()
+
+
+def handler_at(path: str) -> StandardCheckpointHandler | FlaxFileHandler | None:
+    """What reads a checkpoint that is one pytree; None for one that has items."""
+    if StandardCheckpointHandler.recognizes(path):
+        return StandardCheckpointHandler()
+    return FlaxFileHandler() if is_flax_file(path) else None
+
+
+class FlaxFile(SavedTree):
+    """The tree in a file: dicts with string keys, in which lists and tuples have the keys "0", "1", ..."""
+
+    def __init__(self, path: str) -> None:
+        self._directory = path
+        named = tree.flatten(_unpacked(path))
+        values = {leaf.name: leaf.value for leaf in named if not leaf.is_empty}
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        elsewhere = {name: text[len(_ELSEWHERE) :] for name, text in texts.items() if text.startswith(_ELSEWHERE)}
+        self._strings = {name: text for name, text in texts.items() if name not in elsewhere}
+        arrays = {name: _array(path, name, value) for name, value in values.items() if name not in texts}
+        self._records = [_record(leaf, is_array=leaf.name in elsewhere) for leaf in named]
+        self._arrays = _Arrays(path, arrays, elsewhere)
+        self.leaves = dict(self._describe([record for record in self._records if not record.is_empty], {}))
+
+
+class _Arrays:
+    """Those of the file, in memory, and those that were spread over several processes, in a directory beside it."""
+
+    def __init__(self, path: str, arrays: Mapping[str, np.ndarray], elsewhere: Mapping[str, str]) -> None:
+        self._arrays, self._elsewhere = arrays, elsewhere
+        self._infos = {name: ArrayInfo(array.shape, array.dtype, array.shape) for name, array in arrays.items()}
+        if elsewhere:
+            from ckpt_hooks.storage.foreign import ForeignArrays
+
+            self._spread = ForeignArrays(f"{path}_gda", elsewhere.values(), use_ocdbt=False, use_zarr3=False)
+            self._infos |= {name: self._spread.info(inner) for name, inner in elsewhere.items()}
+
+    def info(self, name: str) -> ArrayInfo:
+        return self._infos[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Copies, since what msgpack hands out cannot be written to."""
+        names = list(names)
+        found = {name: self._arrays[name].copy() for name in names if name in self._arrays}
+        spread = {name: self._elsewhere[name] for name in names if name in self._elsewhere}
+        if spread:
+            read = self._spread.read(spread.values())
+            found |= {name: read[inner] for name, inner in spread.items()}
+        return found
+
+
+def _record(leaf: tree.Leaf, *, is_array: bool) -> tree.LeafRecord:
+    keys = [{"key": key, "key_type": key_type} for key, key_type in leaf.keys]
+    return tree.LeafRecord(leaf.name, keys, "jax.Array" if is_array else _value_type(leaf))
+
+
+def _value_type(leaf: tree.Leaf) -> str:
+    if leaf.is_empty:
+        return tree.empty_type(leaf.value)
+    if isinstance(leaf.value, str):
+        return "string"
+    return "np.ndarray" if isinstance(leaf.value, np.ndarray | np.generic) else "scalar"
+
+
+def _array(path: str, name: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if isinstance(value, bytes) or array.dtype.kind == "O":
+        raise UnsupportedLeafError(
+            f"{path}: {name or 'the state'} is of type {type(value).__qualname__}, which no tree can hold; read this "
+            "file with flax.serialization.msgpack_restore."
+        )
+    return array
+
+
+# ------------------------------------------------------------------ the file
+
+
+def _unpacked(path: str) -> Any:
+    import msgpack
+
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        unpacked = msgpack.unpackb(content, ext_hook=_extension, raw=False, strict_map_key=False)
+        return _rebuilt(unpacked)
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+        raise CorruptCheckpointError(
+            f"{path} is not a msgpack file as Flax writes it, or not all of it: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _extension(code: int, data: bytes) -> Any:
+    import msgpack
+
+    if code == _COMPLEX:
+        return complex(*msgpack.unpackb(data))
+    if code not in (_ARRAY, _SCALAR):
+        raise ValueError(f"it has an extension of type {code}")
+    shape, dtype, values = msgpack.unpackb(data, raw=True)
+    array = np.frombuffer(values, np.dtype(dtype.decode())).reshape(shape)
+    return array[()] if code == _SCALAR else array
+
+
+def _rebuilt(node: Any) -> Any:
+    """The tree with its large arrays in one piece, and what early versions made of named tuples as their fields."""
+    if isinstance(node, list):
+        return [_rebuilt(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if _CHUNKED in node:
+        chunks, shape = node["chunks"], node["shape"]
+        pieces = [chunks[str(number)] for number in range(len(chunks))]
+        return np.concatenate(pieces).reshape([shape[str(axis)] for axis in range(len(shape))])
+    children = {str(key): _rebuilt(child) for key, child in node.items()}
+    if children.keys() == _OLD_NAMED_TUPLE and isinstance(children["name"], str):
+        fields, values = children["fields"], children["values"]
+        return {fields[number]: values[number] for number in fields}
+    return children

@@ -1,0 +1,111 @@
+"""What one restore is asked for; and `restore`, which reads one checkpoint at a path, whoever wrote it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from ckpt_hooks.changes import Changes
+from ckpt_hooks.errors import CheckpointNotFoundError, IncompleteCheckpointError, InvalidArgumentError
+from ckpt_hooks.graph_objects import GraphObjects
+from ckpt_hooks.handlers.flax_files import is_flax_file
+from ckpt_hooks.handlers.iterator import require_stateful, set_saved_state
+from ckpt_hooks.listing import Listing
+from ckpt_hooks.metadata import METADATA_FILE
+from ckpt_hooks.restoring import restore_checkpoint
+from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.temporary_paths import absolute_path, is_committed
+from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
+
+__all__ = ["RestoreRequest", "is_run", "restore"]
+
+
+class RestoreRequest:
+    """A target, or none, what of it is wanted, and objects whose saved states are set in place.
+
+    Raises InvalidArgumentError and InvalidArgumentTypeError for what cannot be restored into, before anything is read.
+    """
+
+    def __init__(self, like: Any, *, items: Iterable[str] | None, changes: Changes, objects: Mapping[str, Any]) -> None:
+        self._taken = GraphObjects(like, objects)
+        self._taken.check()
+        for name, value in self._taken.others.items():
+            require_stateful(name, value)
+        self._items, self._changes = items, changes
+
+    def read(self, path: str) -> tuple[Any, dict[str, Any]]:
+        """(the state, {object: its saved state}) of the checkpoint at `path`; nothing is changed yet."""
+        taken = self._taken
+        return restore_checkpoint(path, taken.state, items=self._items, changes=self._changes, objects=taken.items)
+
+    def deliver(self, restored: Any, states: Mapping[str, Any]) -> Any:
+        """Sets what is updated in place, and returns the state; for when nothing can fail any more."""
+        for name, value in self._taken.others.items():
+            set_saved_state(value, states[name])
+        return self._taken.update(restored, states)
+
+
+def restore(
+    path: Any,
+    like: Any = None,
+    *,
+    items: Iterable[str] | None = None,
+    cast: Any = False,
+    missing: Literal["error", "keep"] = "error",
+    unexpected: Literal["error", "ignore"] = "error",
+    rename: Any = None,
+    typed: bool = False,
+    **objects: Any,
+) -> Any:
+    """Restores the one checkpoint at `path`: a step of a run, what a `Checkpointer`, Orbax or Flax wrote.
+
+    For a run, with its newest checkpoint and fallback, there is `CheckpointManager`.
+
+    Args:
+      path: a checkpoint's directory, or a msgpack file of `flax.training.checkpoints`.
+      like, items, cast, missing, unexpected, rename, typed, objects: as in `CheckpointManager.restore`. Where a
+        checkpoint is one tree without items, the keys at its top stand for them.
+
+    Raises:
+      CheckpointNotFoundError: (FileNotFoundError) there is none.
+      InvalidArgumentError: (ValueError) `path` is a run, among others.
+      IncompleteCheckpointError, CorruptCheckpointError, StructureMismatchError: (ValueError).
+      ItemNotFoundError: (KeyError) an item was not saved.
+
+    >>> import numpy as np, tempfile
+    >>> from flax import serialization
+    >>> path = tempfile.mkdtemp() + "/weights.msgpack"
+    >>> with open(path, "wb") as file:
+    ...     _ = file.write(serialization.to_bytes({"params": {"w": np.ones(2)}, "step": 7}))
+    >>> restore(path)
+    {'params': {'w': array([1., 1.])}, 'step': 7}
+    >>> restore(path, {"params": {"w": np.zeros(2)}}, items=["params"])
+    {'params': {'w': array([1., 1.])}}
+    """
+    changes = Changes.checked(cast, missing, unexpected, rename, typed, has_target=like is not None)
+    request = RestoreRequest(like, items=items, changes=changes, objects=objects)
+    return request.deliver(*request.read(_require_checkpoint(path)))
+
+
+def is_run(path: str) -> bool:
+    """Whether a directory holds steps, and not the items of one checkpoint, which may have numbers for names."""
+    names = Listing(path).names()
+    if not names.steps and not names.flax_steps:
+        return False
+    return not any(os.path.exists(f"{path}/{own}") for own in (COMMIT_MARKER, METADATA_FILE, TREE_METADATA_FILE))
+
+
+def _require_checkpoint(path: Any) -> str:
+    absolute: str = os.fspath(absolute_path(os.path.expanduser(path)))
+    if is_flax_file(absolute):
+        return absolute
+    if is_run(absolute):
+        raise InvalidArgumentError(
+            f"{absolute} is a run: restore its newest checkpoint with CheckpointManager, or name one of its steps"
+        )
+    if not os.path.isdir(absolute):
+        raise CheckpointNotFoundError(f"there is no checkpoint at {absolute}")
+    if not is_committed(absolute):
+        raise IncompleteCheckpointError(f"{absolute} is no checkpoint, or one that was never committed")
+    return absolute
