@@ -1,32 +1,31 @@
 """Barriers of one operation at which an error, a dispute or an absence is told to everybody, with who it was.
 
-Each process leaves a line in the coordination service's store when it comes to a barrier; the primary alone reads
+Each process leaves a line in the coordination service's store when it comes to a barrier; the leader alone reads
 them, and answers all with one line: go on, or why not. So no process sends or reads more than two lines a barrier,
-the primary reads one a process. An error needs no barrier of its own: it stands in the answer to the next one.
+the leader reads one a process. An error needs no barrier of its own: it stands in the answer to the next one.
+When an operation is over, the last process to leave it removes its lines, so that the store does not grow.
 
 Nothing here uses a device, so that a background thread may wait while the main thread trains.
 """
 
 from __future__ import annotations
 
+import collections
 import time
+from collections.abc import Mapping
 from typing import Self
 
 from ckpt_hooks import events, processes
 from ckpt_hooks.errors import BarrierTimeoutError, CheckpointError, OtherProcessError, ProcessesDisagreeError
-from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.processes import DEFAULT_BARRIER_TIMEOUT_SECS, MultiprocessingOptions
 
-__all__ = ["OperationBarriers", "Together", "barriers_of"]
+__all__ = ["OperationBarriers", "Together"]
 
 _FIRST_PAUSE_SECS = 0.001
 _LONGEST_PAUSE_SECS = 0.05
 _GOES_ON, _FAILED, _DISAGREES, _IS_LATE = "go on", "failed", "disagrees", "late"
-_GRACE_SECS = 5.0  # for the primary's answer to reach a process that began to wait before the primary did
-
-
-def barriers_of(operation: int, options: MultiprocessingOptions, timeout_secs: float) -> OperationBarriers:
-    """The barriers of the operation with this number, which every process counts alike."""
-    return OperationBarriers(options.key(f"Checkpointer.{operation}"), options, timeout_secs)
+_GRACE_SECS = 5.0  # for the leader's answer to reach a process that began to wait before the leader did
+_MAX_NAMED = 20  # processes in a message
 
 
 class Together:
@@ -35,14 +34,15 @@ class Together:
     At its end every process has come and has made the same claim; an error inside is told to the others.
 
     Attributes:
-      decides: whether this is the process that acts for all.
+      decides: whether this process acts for all; with storage of its own, each does.
       claim: what every process has to find alike, for example the step that it restored.
     """
 
-    def __init__(self, options: MultiprocessingOptions, timeout_secs: float, claim: str = "") -> None:
+    def __init__(self, options: MultiprocessingOptions, claim: str = "", name: str = "together") -> None:
+        self._name = name
         self.decides = options.is_primary()
         self.claim = claim
-        self._barriers = barriers_of(processes.next_operation_id(), options, timeout_secs)
+        self._barriers = OperationBarriers(processes.next_operation_id(options), options)
 
     def __enter__(self) -> Self:
         return self
@@ -50,45 +50,70 @@ class Together:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self._barriers.fail(error)
-        else:
-            self._barriers.meet("together", self.claim)
+            return
+        try:
+            self._barriers.meet(self._name, self.claim)
+        except BaseException as failure:
+            self._barriers.fail(failure)
+            raise
+        self._barriers.leave()
 
 
 class OperationBarriers:
-    """The barriers of one save or restore; each process makes one, of the same key.
+    """The barriers of one save or restore; each process makes one, of the same number.
 
     Args:
-      key: of the operation, the same in every process and in no other operation.
-      options: which processes take part, and who is primary.
-      timeout_secs: how long a barrier waits for the last process.
+      operation: its number, the same in every process; no other operation of these processes has it.
+      options: which processes take part, who leads, and how long a barrier waits for the last process.
     """
 
-    def __init__(self, key: str, options: MultiprocessingOptions, timeout_secs: float) -> None:
-        self._key = f"ckpt_hooks/{key}"
+    def __init__(self, operation: int, options: MultiprocessingOptions) -> None:
+        self._key = f"ckpt_hooks/{options.key('Checkpointer')}.{options.group()}{operation}"
+        self._event_key = options.key("Checkpointer:{}." + str(operation))
         self._members = options.members()
-        self._primary = options.primary_host
-        self._timeout_secs = timeout_secs
+        self._leader = options.leader()
+        self._timeout_secs = options.barrier_timeout_secs or DEFAULT_BARRIER_TIMEOUT_SECS
+        self._has_left = len(self._members) == 1  # and so has nobody to tell
 
-    def meet(self, name: str, claim: str = "") -> None:
+    def meet(self, name: str, claim: str = "", told: str = "") -> str:
         """Waits until every process is here and has made the same claim.
+
+        Args:
+          name: of the barrier, within the operation.
+          claim: lines that have to be the same in every process.
+          told: what the leader has to tell the others.
+
+        Returns: what the leader tells.
 
         Raises:
           BarrierTimeoutError: (TimeoutError) names those that did not come.
           OtherProcessError: (RuntimeError) one of them has failed, and says why.
-          ProcessesDisagreeError: (ValueError) names those whose claim is not the primary's.
+          ProcessesDisagreeError: (ValueError) names those whose claim is not the leader's, and where they differ.
         """
         start_secs = time.perf_counter()
-        if self._primary is not None and len(self._members) > 1:
-            if processes.index() == self._primary:
-                self._answer(name, claim)
-            else:
-                self._ask(name, claim)
-        events.record_duration_secs(events.BARRIER_SECS, time.perf_counter() - start_secs, key=f"{self._key}/{name}")
+        if len(self._members) > 1:
+            told = self._answer(name, claim, told) if processes.index() == self._leader else self._ask(name, claim)
+        events.record_duration_secs(
+            events.BARRIER_SECS, time.perf_counter() - start_secs, key=self._event_key.format(name)
+        )
+        return told
 
     def fail(self, error: BaseException) -> BaseException:
         """Tells the others, who wait at a barrier of this operation or will come to one; returns what failed first."""
-        if self._primary is None or len(self._members) == 1:
+        if self._has_left:
             return error
+        try:
+            return self._tell(error)
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """The operation is over for this process; for the last one, its lines are of no more use to anybody."""
+        if not self._has_left:
+            self._has_left = True
+            processes.leave(self._key, len(self._members))
+
+    def _tell(self, error: BaseException) -> BaseException:
         if isinstance(error, OtherProcessError | ProcessesDisagreeError | BarrierTimeoutError):
             return error  # they know: it came from the answer that all of them got
         end = processes.published(self._key + "/").get("end")
@@ -98,20 +123,22 @@ class OperationBarriers:
             except CheckpointError as first:
                 return first
         line = f"process {processes.index()} failed: {type(error).__name__}: {error}"
-        if processes.index() == self._primary:
+        if processes.index() == self._leader:
             processes.publish(f"{self._key}/end", f"{_FAILED}\n{line}")
         else:
             processes.publish(f"{self._key}/failed/{processes.index()}", line)
         return error
 
-    # -------------------------------------------------------------- the primary
+    # -------------------------------------------------------------- the leader
 
-    def _answer(self, name: str, claim: str) -> None:
+    def _answer(self, name: str, claim: str, told: str) -> str:
         kind, text = self._gather(name, claim)
+        text = told if kind == _GOES_ON else text
         processes.publish(f"{self._key}/answer/{name}", f"{kind}\n{text}")
         if kind != _GOES_ON:
             processes.publish(f"{self._key}/end", f"{kind}\n{text}")
         _raise(kind, text)
+        return told
 
     def _gather(self, name: str, claim: str) -> tuple[str, str]:
         """What to answer: (kind, text)."""
@@ -120,14 +147,11 @@ class OperationBarriers:
         while True:
             failures = processes.published(f"{self._key}/failed/")
             if failures:
-                return _FAILED, "; ".join(failures.values())
+                return _FAILED, _some(list(failures.values()), "; ")
             claims = {int(process): said for process, said in processes.published(f"{self._key}/at/{name}/").items()}
             if others <= claims.keys():
-                disagreeing = sorted(process for process in others if claims[process] != claim)
-                if not disagreeing:
-                    return _GOES_ON, ""
-                differing = "; ".join(f"process {process} has {claims[process]}" for process in disagreeing)
-                return _DISAGREES, f"process {processes.index()} has {claim}, but {differing}"
+                dispute = _dispute(processes.index(), claim, claims)
+                return (_DISAGREES, dispute) if dispute else (_GOES_ON, "")
             if time.monotonic() > deadline:
                 return _IS_LATE, self._missing(name, sorted(others - claims.keys()))
             time.sleep(pause_secs)
@@ -135,13 +159,15 @@ class OperationBarriers:
 
     def _missing(self, name: str, absent: list[int]) -> str:
         return (
-            f"{self._timeout_secs:g} s passed at barrier {name!r}, and of processes {sorted(self._members)} these did "
-            f"not come: {absent}. Look at their logs; a slower start or a larger save needs a longer timeout."
+            f"{self._timeout_secs:g} s passed at barrier {name!r}, and of {len(self._members)} processes these did not "
+            f"come: [{_some(absent)}]. Look at their logs: they died, hang, or did not make this call. A slower start "
+            "or a larger save needs a longer timeout (`timeout_secs`, or "
+            "`MultiprocessingOptions(barrier_timeout_secs=)`)."
         )
 
     # -------------------------------------------------------------- the others
 
-    def _ask(self, name: str, claim: str) -> None:
+    def _ask(self, name: str, claim: str) -> str:
         processes.publish(f"{self._key}/at/{name}/{processes.index()}", claim)
         deadline = time.monotonic() + self._timeout_secs + _GRACE_SECS
         pause_secs = _FIRST_PAUSE_SECS
@@ -152,9 +178,12 @@ class OperationBarriers:
             if answer is not None:
                 kind, _, text = answer.partition("\n")
                 _raise(kind, text)
-                return
+                return text
             pause_secs = min(2 * pause_secs + 0.02, 1.0)
-        raise BarrierTimeoutError(self._missing(name, [self._primary or 0]))
+        raise BarrierTimeoutError(self._missing(name, [self._leader]))
+
+
+# ------------------------------------------------------------------ words
 
 
 def _raise(kind: str, text: str) -> None:
@@ -164,3 +193,25 @@ def _raise(kind: str, text: str) -> None:
         raise ProcessesDisagreeError(f"{text}. Nothing was written; give every process the same.")
     if kind == _IS_LATE:
         raise BarrierTimeoutError(text)
+
+
+def _dispute(leader: int, claim: str, claims: Mapping[int, str]) -> str:
+    """Which processes claim something else, and the lines in which they differ; "" where all agree."""
+    differing: dict[str, list[int]] = collections.defaultdict(list)
+    for process in sorted(claims):
+        if process != leader and claims[process] != claim:
+            differing[claims[process]].append(process)
+    sentences = []
+    for other, members in differing.items():
+        mine, theirs = claim.splitlines(), other.splitlines()
+        ours = ", ".join(line for line in mine if line not in theirs) or "nothing more"
+        others = ", ".join(line for line in theirs if line not in mine) or "nothing more"
+        who = f"process {members[0]}" if len(members) == 1 else f"processes [{_some(members)}]"
+        sentences.append(f"process {leader} has {ours}, but {who} has {others}")
+    return _some(sentences, "; ")
+
+
+def _some(things: list[int] | list[str], separator: str = ", ") -> str:
+    """The first of them, in one text that fits on a page also where there are thousands."""
+    shown = separator.join(map(str, things[:_MAX_NAMED]))
+    return shown if len(things) <= _MAX_NAMED else f"{shown}{separator}and {len(things) - _MAX_NAMED} more"

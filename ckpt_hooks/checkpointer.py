@@ -20,7 +20,7 @@ from typing import Any, Self
 from etils import epath
 
 from ckpt_hooks import events, processes
-from ckpt_hooks.agreement import OperationBarriers, barriers_of
+from ckpt_hooks.agreement import OperationBarriers, Together
 from ckpt_hooks.errors import InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
@@ -96,6 +96,7 @@ class Checkpointer:
         self._handler = wrap_legacy(handler)
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
         self._multiprocessing_options.check_membership()
+        self._operation_ids = processes.operation_ids(self._multiprocessing_options)
         store = checkpoint_metadata_store
         if store is not None and not store.is_blocking_writer and not isinstance(self, AsyncCheckpointer):
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
@@ -108,12 +109,13 @@ class Checkpointer:
             "file_options": file_options or FileOptions(),
             "multiprocessing_options": self._multiprocessing_options,
         }
-        self._barrier_timeout_secs = processes.DEFAULT_BARRIER_TIMEOUT_SECS
         self._is_primary = self._multiprocessing_options.is_primary()
         self._store_blocks = self._store.is_blocking_writer
         self._is_alone = processes.count() == 1
         self._goes_on = isinstance(self, AsyncCheckpointer)  # whether training does while a save is written
         self._barrier_prefix = self._multiprocessing_options.key("")
+        barriers_of = functools.partial(OperationBarriers, options=self._multiprocessing_options)
+        self._barriers = functools.lru_cache(2)(barriers_of)  # each is asked for again and again
         self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
         of_items = getattr(self._handler, "item_handler_names", None)  # a composite has one for each item
         self._handler_names = of_items or functools.partial(recorded_name, self._handler)
@@ -185,7 +187,7 @@ class Checkpointer:
         events.record_event(events.WRITE_START)
         temporary = self._temporary_path_class.from_final(final, **self._path_options)
         temporary.replaces = force
-        operation = next(processes.operation_ids)
+        operation = next(self._operation_ids)
         save = _Save(final, temporary, operation, {}, metrics or {}, on_commit, start_secs)
         try:
             save.custom_metadata = check_custom_metadata(custom_metadata)
@@ -231,6 +233,8 @@ class Checkpointer:
             self._commit(save, path)
             events.record_duration_secs(events.WRITE_COMMIT_SECS, time.perf_counter() - written_secs)
         self._barrier(committed, save.operation)
+        if not self._is_alone:
+            self._barriers(save.operation).leave()
         if self._is_primary and save.on_commit is not None:
             save.on_commit()
         events.record_event(events.WRITE_SUCCESS)
@@ -270,10 +274,10 @@ class Checkpointer:
         Raises CheckpointNotFoundError where there is nothing, IncompleteCheckpointError where a save was
         never committed, CorruptCheckpointError where the bytes are not what was saved.
         """
-        path = require_finalized(directory, self._temporary_path_class)
-        restored = read_checkpoint(self._handler, path, args_for_handler(self._handler, False, *args, **kwargs))
-        self._barrier("restore", processes.next_operation_id())
-        return restored
+        restore_args = args_for_handler(self._handler, False, *args, **kwargs)
+        with Together(self._multiprocessing_options, name="restore"):
+            path = require_finalized(directory, self._temporary_path_class)
+            return read_checkpoint(self._handler, path, restore_args)
 
     def metadata(self, directory: Any) -> StepMetadata:
         """The step metadata, with what the handler tells of its items."""
@@ -292,12 +296,12 @@ class Checkpointer:
 
     async def create_temporary_path(self, temporary_path: TemporaryPath) -> epath.Path:
         """Makes the directory of a temporary path, between the same barriers as a save does."""
-        self._create(temporary_path, temporary_path.get_final(), 0, processes.next_operation_id(), "")
+        self._create(temporary_path, temporary_path.get_final(), 0, next(self._operation_ids), "")
         return temporary_path.get()
 
     def synchronize_next_awaitable_signal_operation_id(self) -> int:
         """The next operation's id, which every process counts alike."""
-        return processes.next_operation_id()
+        return next(self._operation_ids)
 
     def close(self) -> None:
         """Closes the handler and the metadata store."""
@@ -310,14 +314,12 @@ class Checkpointer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _barrier(self, name: str, operation: int, claim: str = "") -> None:
+    def _barrier(self, name: str, operation: int, claim: str = "", told: str = "") -> str:
         if not self._is_alone:
-            return self._barriers(operation).meet(name, claim)
+            return self._barriers(operation).meet(name, claim, told)
         key = f"{self._barrier_prefix}Checkpointer:{name}.{operation}"
-        return events.record_duration_secs(events.BARRIER_SECS, 0.0, key=key)
-
-    def _barriers(self, operation: int) -> OperationBarriers:
-        return barriers_of(operation, self._multiprocessing_options, self._barrier_timeout_secs)
+        events.record_duration_secs(events.BARRIER_SECS, 0.0, key=key)
+        return told
 
 
 class AsyncCheckpointer(Checkpointer):
@@ -328,7 +330,7 @@ class AsyncCheckpointer(Checkpointer):
     with a code that is not 0.
 
     Args:
-      timeout_secs: bounds every wait for another process.
+      timeout_secs: bounds every wait for another process; `MultiprocessingOptions(barrier_timeout_secs=)` goes first.
 
     >>> import ckpt_hooks, numpy as np, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -342,8 +344,8 @@ class AsyncCheckpointer(Checkpointer):
     def __init__(self, handler: Any, *, timeout_secs: float = DEFAULT_TIMEOUT_SECS, **options: Any) -> None:
         if timeout_secs <= 0:
             raise InvalidArgumentError(f"timeout_secs is positive, got {timeout_secs}")
-        super().__init__(handler, **options)
-        self._barrier_timeout_secs = timeout_secs
+        given = options.pop("multiprocessing_options", None) or MultiprocessingOptions()
+        super().__init__(handler, multiprocessing_options=given.with_timeout(timeout_secs), **options)
         self._thread: threading.Thread | None = None
         self._is_idle = threading.Event()
         self._is_idle.set()

@@ -28,6 +28,7 @@ from ckpt_hooks.graph_objects import eval_shape
 from ckpt_hooks.init_from import InitFrom
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
+from ckpt_hooks.primary_clock import PrimaryClock
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.temporary_paths import FileOptions
 from ckpt_hooks.triggers import Triggers, check_step
@@ -59,7 +60,7 @@ class CheckpointHook:
       async_save: whether training goes on while a checkpoint is written.
       on_save_error: "raise" raises the failure of a background save at the next call; "warn" logs it, goes on,
         and tries again at the next trigger.
-      timeout_secs: bounds every wait for another process.
+      timeout_secs: bounds every wait for another process; `MultiprocessingOptions(barrier_timeout_secs=)` goes first.
       compression, staging, max_host_bytes, multiprocessing_options, file_options: as in `CheckpointManager`.
 
     >>> import numpy as np, tempfile
@@ -103,6 +104,7 @@ class CheckpointHook:
         self._triggers = Triggers.checked(every_n_steps, every_secs, on_steps)
         self._warns = on_save_error == "warn"
         self._raises_preempted = raise_on_preemption
+        self._processes = (multiprocessing_options or MultiprocessingOptions()).with_timeout(timeout_secs)
         self.manager = CheckpointManager(
             directory,
             keep=keep,
@@ -111,7 +113,7 @@ class CheckpointHook:
             compression=compression,
             staging=staging,
             max_host_bytes=max_host_bytes,
-            multiprocessing_options=multiprocessing_options,
+            multiprocessing_options=self._processes,
             file_options=file_options,
         )
         # With jax.distributed, the runtime itself listens and tells all processes of one step; see `_preempted_at`.
@@ -125,6 +127,7 @@ class CheckpointHook:
         self._next_step = 0  # the next one that is due
         self._checkpointer = self.manager.checkpointer
         self._watches_time = self._triggers.every_secs is not None
+        self._clock: PrimaryClock | None = None  # where there are several processes
         self._always_looks = self._watches_time or self._asks_runtime
         self._follow(0)
 
@@ -180,15 +183,16 @@ class CheckpointHook:
             return self._leave(step, state, metrics, metadata, items)
         if self._checkpointer.failure is not None:
             self._raise_or_warn()
-        if step < self._next_step and not (self._watches_time and self._is_time(step)):
+        if step < self._next_step and not (self._watches_time and self._is_time()):
             return False
         return self._save(step, state, metrics, metadata, items)
 
-    def _is_time(self, step: int) -> bool:
-        due = time.monotonic() >= self._next_secs
-        if processes.count() > 1:
-            due = processes.decide_on_primary(f"every_secs.{step}", due)
-        return due
+    def _is_time(self) -> bool:
+        if processes.count() == 1:
+            return time.monotonic() >= self._next_secs
+        if self._clock is None:
+            self._clock = PrimaryClock(self._processes)
+        return self._clock.has_come(self._next_secs)
 
     def _save(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
         # Before the save: one that fails is tried again at the next trigger, not at the next step.
@@ -207,6 +211,8 @@ class CheckpointHook:
                 raise
             _log.error("saving step %d failed, training goes on: %s", step, error)
             return False
+        if self._clock is not None:
+            self._clock.forget()
         self._saved_step = step
         return True
 

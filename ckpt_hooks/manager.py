@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from etils import epath
 
 from ckpt_hooks import events, processes, retention, train_state
-from ckpt_hooks.agreement import Together, barriers_of
+from ckpt_hooks.agreement import OperationBarriers, Together
 from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, explain_os_error
@@ -54,7 +54,7 @@ class CheckpointManager:
       keep: how many of the newest checkpoints stay, or a policy (`LatestN`, `BestN`, `EveryNSteps`), or a list
         of policies each of which may keep a step; None keeps all. The newest always stays.
       async_save: whether `save` returns once the state is taken, and commits in the background.
-      timeout_secs: bounds every wait for another process.
+      timeout_secs: bounds every wait for another process; `MultiprocessingOptions(barrier_timeout_secs=)` goes first.
       compression: "zstd" compresses arrays, for who pays for bytes: weights lose less than a tenth, and a save takes
         several times as long. None for none.
       staging: "copy" lets a save in the background copy JAX arrays on CPU before training goes on, so that a step
@@ -91,9 +91,8 @@ class CheckpointManager:
     ) -> None:
         self._run = RunDirectory(directory)
         self._retention = retention.Retention(keep)
-        self._processes = multiprocessing_options or MultiprocessingOptions()
+        self._processes = (multiprocessing_options or MultiprocessingOptions()).with_timeout(timeout_secs)
         self._decides = self._processes.is_primary()  # what clocks, listings and files say, for all processes
-        self._timeout_secs = timeout_secs
         options: Any = {"multiprocessing_options": self._processes, "file_options": file_options or FileOptions()}
         array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)
         handler = CompositeCheckpointHandler(handler_registry=item_handlers(array_options))
@@ -184,7 +183,7 @@ class CheckpointManager:
 
     def _tell_others(self, error: BaseException) -> None:
         """The other processes, which are about to save, that this one will not."""
-        barriers_of(processes.next_operation_id(), self._processes, self._timeout_secs).fail(error)
+        OperationBarriers(processes.next_operation_id(self._processes), self._processes).fail(error)
 
     def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
         if NNX in sys.modules:
@@ -293,7 +292,7 @@ class CheckpointManager:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
         self.wait()
         request = RestoreRequest(like, items=items, changes=changes, objects=objects)
-        with Together(self._processes, self._timeout_secs) as all_processes:
+        with Together(self._processes) as all_processes:
             if step is not None and step != "latest":
                 number = self._best_or_raise() if step == "best" else check_step(step)
                 restored, states = request.read(self._run.require(number))
@@ -355,7 +354,7 @@ class CheckpointManager:
         numbers = to_json_numbers(metrics)
         step = check_step(step)
         self.wait()
-        with Together(self._processes, self._timeout_secs, f"recorded metrics of step {step}") as all_processes:
+        with Together(self._processes, f"recorded metrics of step {step}") as all_processes:
             self._run.require(step)
             if all_processes.decides:
                 self._record_metrics(step, numbers)
@@ -371,7 +370,7 @@ class CheckpointManager:
     def rollback(self, step: int) -> None:
         """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""
         self.wait()
-        with Together(self._processes, self._timeout_secs, f"rolled back to step {step}") as all_processes:
+        with Together(self._processes, f"rolled back to step {step}") as all_processes:
             self._run.require(check_step(step))
             if all_processes.decides:
                 self._run.lock()
@@ -380,7 +379,7 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Removes a checkpoint. Raises CheckpointNotFoundError where there is none."""
         self.wait()
-        with Together(self._processes, self._timeout_secs, f"deleted step {step}") as all_processes:
+        with Together(self._processes, f"deleted step {step}") as all_processes:
             if all_processes.decides:
                 if not os.path.isdir(self._run.step_path(check_step(step))):
                     self._run.require(step)

@@ -6,9 +6,12 @@ started: a reader of checkpoints needs no device.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
-from typing import Any
+import zlib
+from collections.abc import Iterator
+from typing import Any, Self
 
 import jax
 
@@ -17,9 +20,11 @@ from ckpt_hooks.errors import InvalidArgumentError
 __all__ = [
     "MultiprocessingOptions",
     "count",
-    "decide_on_primary",
+    "forget",
     "index",
+    "leave",
     "next_operation_id",
+    "operation_ids",
     "publish",
     "published",
     "reached_preemption_sync_point",
@@ -28,7 +33,7 @@ __all__ = [
 
 DEFAULT_BARRIER_TIMEOUT_SECS = 300.0
 
-operation_ids = itertools.count()
+_operation_ids: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,16 +45,27 @@ class MultiprocessingOptions:
         process primary, for storage that each process has for itself.
       active_processes: the processes that take part; None means all.
       barrier_sync_key_prefix: told apart from other checkpointers' barriers by this prefix.
+      barrier_timeout_secs: how long a barrier waits for the last process before it raises BarrierTimeoutError, which
+        names those that did not come. None: the `timeout_secs` of the checkpointer, manager or hook; 300 s where it
+        has none. Choose it longer than processes differ in the time they take for a save, and shorter than a job may
+        hang.
 
-    >>> MultiprocessingOptions().is_primary()
+    Raises InvalidArgumentError for a primary that does not take part, and for a timeout that is not positive.
+
+    >>> MultiprocessingOptions(barrier_timeout_secs=120).is_primary()
     True
     """
 
     primary_host: int | None = 0
     active_processes: frozenset[int] | set[int] | None = None
     barrier_sync_key_prefix: str | None = None
+    barrier_timeout_secs: float | None = None
 
     def __post_init__(self) -> None:
+        if self.barrier_timeout_secs is not None and not self.barrier_timeout_secs > 0:
+            raise InvalidArgumentError(
+                f"barrier_timeout_secs is a positive number of seconds, or None; got {self.barrier_timeout_secs!r}"
+            )
         active = self.active_processes
         if active is not None and self.primary_host is not None and self.primary_host not in active:
             raise InvalidArgumentError(
@@ -73,6 +89,20 @@ class MultiprocessingOptions:
         """The processes that take part."""
         return frozenset(range(count()) if self.active_processes is None else self.active_processes)
 
+    def leader(self) -> int:
+        """The process that answers for all at a barrier: the primary, or the first where all are."""
+        return min(self.members()) if self.primary_host is None else self.primary_host
+
+    def with_timeout(self, timeout_secs: float) -> Self:
+        """The same, with this timeout where none was asked for."""
+        return self if self.barrier_timeout_secs else dataclasses.replace(self, barrier_timeout_secs=timeout_secs)
+
+    def group(self) -> str:
+        """Tells subsets of processes apart, which count their operations by themselves; "" for all of them."""
+        if self.active_processes is None:
+            return ""
+        return f"{len(self.active_processes)}of{zlib.crc32(repr(sorted(self.active_processes)).encode()):08x}."
+
     def key(self, name: str) -> str:
         """The name of a barrier, with the prefix that was asked for."""
         prefix = self.barrier_sync_key_prefix
@@ -89,9 +119,14 @@ def count() -> int:
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
-def next_operation_id() -> int:
-    """A number that every process counts alike, so that the barriers of two saves never mix."""
-    return next(operation_ids)
+def operation_ids(options: MultiprocessingOptions) -> Iterator[int]:
+    """Numbers that every process of a group counts alike, so that the barriers of two operations never mix."""
+    return _operation_ids[options.key(options.group())]
+
+
+def next_operation_id(options: MultiprocessingOptions) -> int:
+    """The next of them."""
+    return next(operation_ids(options))
 
 
 def _client() -> Any:
@@ -122,13 +157,15 @@ def wait_for(key: str, timeout_secs: float) -> str | None:
         raise
 
 
-def decide_on_primary(key: str, answer: bool, timeout_secs: float = DEFAULT_BARRIER_TIMEOUT_SECS) -> bool:
-    """Process 0's answer to a question that clocks would answer differently on each process."""
-    name = f"ckpt_hooks/{key}"
-    if index() == 0:
-        publish(name, str(int(answer)))
-        return answer
-    return bool(int(_client().blocking_key_value_get(name, int(timeout_secs * 1000))))
+def forget(folder: str) -> None:
+    """Removes what was published below `folder`."""
+    _client().key_value_delete(folder)
+
+
+def leave(folder: str, num_members: int) -> None:
+    """Called once by each member that will read nothing below `folder` any more; the last one removes it."""
+    if _client().key_value_increment(f"{folder}/left", 1) == num_members:
+        forget(folder)
 
 
 def reached_preemption_sync_point(step: int) -> bool:
