@@ -94,28 +94,25 @@ class Checkpointer:
         temporary_path_class: type[TemporaryPath] | None = None,
     ) -> None:
         self._handler = wrap_legacy(handler)
-        self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
-        self._multiprocessing_options.check_membership()
-        self._operation_ids = processes.operation_ids(self._multiprocessing_options)
+        self._multiprocessing_options = together = multiprocessing_options or MultiprocessingOptions()
+        together.check_membership()
+        self._operation_ids = processes.operation_ids(together)
         store = checkpoint_metadata_store
         if store is not None and not store.is_blocking_writer and not isinstance(self, AsyncCheckpointer):
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
-        self._store = store or metadata_store(
-            enable_write=self._multiprocessing_options.is_primary(), blocking_write=True
-        )
+        self._store = store or metadata_store(enable_write=together.is_primary(), blocking_write=True)
         self._temporary_path_class = temporary_path_class or AtomicRenameTemporaryPath
         self._path_options: dict[str, Any] = {
             "checkpoint_metadata_store": self._store,
             "file_options": file_options or FileOptions(),
-            "multiprocessing_options": self._multiprocessing_options,
+            "multiprocessing_options": together,
         }
-        self._is_primary = self._multiprocessing_options.is_primary()
+        self._is_primary = together.is_primary()
         self._store_blocks = self._store.is_blocking_writer
         self._is_alone = processes.count() == 1
         self._goes_on = isinstance(self, AsyncCheckpointer)  # whether training does while a save is written
-        self._barrier_prefix = self._multiprocessing_options.key("")
-        barriers_of = functools.partial(OperationBarriers, options=self._multiprocessing_options)
-        self._barriers = functools.lru_cache(2)(barriers_of)  # each is asked for again and again
+        self._barrier_prefix = together.key("")
+        self._barriers = functools.lru_cache(2)(functools.partial(OperationBarriers, options=together))
         self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
         of_items = getattr(self._handler, "item_handler_names", None)  # a composite has one for each item
         self._handler_names = of_items or functools.partial(recorded_name, self._handler)

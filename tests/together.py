@@ -1,0 +1,108 @@
+"""What the processes of a group do in `test_together.py`; each function is run by all of them at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import ckpt_hooks
+from ckpt_hooks import processes
+
+
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(-1, 2), ("x", "y"))
+
+
+def global_array(values: np.ndarray, spec: PartitionSpec, over: Mesh | None = None) -> jax.Array:
+    sharding = NamedSharding(mesh() if over is None else over, spec)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def state_at(step: int) -> dict[str, Any]:
+    """A state that no process has all of, and whose values say its step."""
+    kernel = np.arange(64 * 48, dtype=np.float32).reshape(64, 48) + step
+    return {
+        "params": {
+            "kernel": global_array(kernel, PartitionSpec("x", "y")),
+            "scale": global_array(np.full(8, step, np.float32), PartitionSpec()),
+        },
+        "step": step,
+    }
+
+
+def is_at(state: Any, step: int) -> bool:
+    """Whether this process's shards are those of `state_at(step)`."""
+    expected = state_at(step)
+    pairs = zip(jax.tree.leaves(state["params"]), jax.tree.leaves(expected["params"]), strict=True)
+    return state["step"] == step and all(
+        np.array_equal(np.asarray(one.data), np.asarray(other.data))
+        for array, wanted in pairs
+        for one, other in zip(array.addressable_shards, wanted.addressable_shards, strict=True)
+    )
+
+
+def error_of(action: Callable[[], object]) -> tuple[str, float]:
+    """(class and text of what an action raises, after how many seconds)."""
+    start_secs = time.monotonic()
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start_secs
+    return "nothing", time.monotonic() - start_secs
+
+
+def wait_for_all(name: str) -> None:
+    """JAX's own barrier, so that what one process looks at afterwards is the doing of all."""
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    assert client is not None
+    client.wait_at_barrier(name, 60_000)
+
+
+# ------------------------------------------------------------------ barriers
+
+
+def long_run(folder: Path) -> Any:
+    """Many operations of every kind: what is left in the coordination service?"""
+    with ckpt_hooks.CheckpointHook(folder / "run", every_secs=0.2, keep=2, timeout_secs=60) as hook:
+        saved, step = 0, 0
+        while saved < 4:
+            step += 1
+            saved += hook(step, state_at(step))
+            time.sleep(0.005)
+        hook.wait()
+        hook.record_metrics(step, {"loss": 0.5})
+        restored = is_at(hook.restore(state_at(0)), step)
+        refused, _ = error_of(lambda: hook.save(step - 1, state_at(step - 1)))
+        steps = hook.manager.steps()
+    wait_for_all("done")
+    return {
+        "left": sorted(processes.published("ckpt_hooks/")),
+        "restored": restored,
+        "refused": refused,
+        "newest": steps[-1] == step,
+        "step": step,
+    }
+
+
+def absent(folder: Path) -> Any:
+    """The last process does not come; the others' barriers have a timeout of their own."""
+    if jax.process_index() == jax.process_count() - 1:
+        wait_for_all("over")
+        return None
+    options = ckpt_hooks.MultiprocessingOptions(barrier_timeout_secs=1)
+    reports = []
+    for async_save in (True, False):
+        with ckpt_hooks.CheckpointManager(
+            folder / "run", async_save=async_save, timeout_secs=60, multiprocessing_options=options
+        ) as manager:
+            reports.append(error_of(lambda: manager.save(1, state_at(1))))
+    wait_for_all("over")
+    return reports
