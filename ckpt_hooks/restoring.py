@@ -26,11 +26,13 @@ from ckpt_hooks.errors import (
     StructureMismatchError,
     UnsupportedLeafError,
 )
-from ckpt_hooks.handlers.base import CheckpointArgs, get_handler_type
+from ckpt_hooks.handlers.base import CheckpointArgs, get_handler_type, get_registered_args_cls, recognize_handler
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
-from ckpt_hooks.handlers.flax_files import handler_at
+from ckpt_hooks.handlers.flax_files import FlaxFileHandler, is_flax_file
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
+from ckpt_hooks.handlers.orbax_items import ARRAY_NAME, OrbaxItemHandler, OrbaxItemRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
+from ckpt_hooks.handlers.registry import handler_on_disk
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
 from ckpt_hooks.reading import Watch, describe_checkpoint, read_checkpoint, read_unchanged
 from ckpt_hooks.run import METRICS_ITEM, OvertakenError, RunDirectory
@@ -56,6 +58,7 @@ _NOT_DAMAGE = (
     MemoryError,
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
+_TREE_HANDLERS = (StandardCheckpointHandler, FlaxFileHandler, OrbaxItemHandler)  # which take a target
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
 
@@ -139,9 +142,9 @@ def _restore(
     path: str, like: Any, asked: list[str] | None, changes: Changes, objects: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     checkpoint = _Checkpoint(path, changes)
-    if checkpoint.tree_handler is not None and objects:
+    if checkpoint.handler is not None and objects:
         raise ItemNotFoundError(f"{path} is one pytree without items, so it has no {[*objects]}; leave them out")
-    if checkpoint.tree_handler is not None or (not objects and checkpoint.is_outside(asked)):
+    if checkpoint.handler is not None or (not objects and checkpoint.is_outside(asked)):
         return checkpoint.restore_tree(like, asked), {}
     whole = checkpoint.whole_item(like) if asked is None else None
     if like is None:
@@ -166,8 +169,8 @@ class _Checkpoint:
     def __init__(self, path: str, changes: Changes = EXACT) -> None:
         self.path = path
         self.changes = changes
-        self.tree_handler = handler_at(path)
-        if self.tree_handler is not None:
+        self.handler = _handler_of_whole(path)
+        if self.handler is not None:
             return
         with os.scandir(path) as entries:
             present = {entry.name for entry in entries if entry.is_dir() and not is_temporary(entry.name)}
@@ -183,8 +186,10 @@ class _Checkpoint:
             present &= checksums.items() | recorded.keys() | {METRICS_ITEM}
         self.saved = present | recorded.keys() | (checksums.items() if checksums else set())
         self.trees = {name for name in present if StandardCheckpointHandler.recognizes(os.path.join(path, name))}
+        self._recorded = recorded
+        self._kinds = {name: _kind(handler) for name, handler in recorded.items()}
         # An item that has lost its files counts as a tree if its handler was one: it is damage, not absence.
-        self.trees |= {name for name, handler in recorded.items() if _is_tree_handler(handler)}
+        self.trees |= {name for name, kind in self._kinds.items() if kind is StandardCheckpointHandler}
 
     def restore_tree(self, like: Any, asked: list[str] | None) -> Any:
         """The tree of a checkpoint that is one, or, as if it had items, the parts of it that are `asked` for."""
@@ -202,10 +207,21 @@ class _Checkpoint:
 
     def _read_tree(self, args: StandardRestoreArgs) -> Any:
         path = epath.Path(self.path)
-        if self.tree_handler is not None:
-            return read_checkpoint(self.tree_handler, path, args)
+        if isinstance(self.handler, _TREE_HANDLERS):
+            return read_checkpoint(self.handler, path, args)
+        if self.handler is not None:
+            return self._read_other(path, args)
         name = self.single_item
         return read_checkpoint(CompositeCheckpointHandler(name), path, CompositeArgs(**{name: args}))[name]
+
+    def _read_other(self, path: epath.Path, args: StandardRestoreArgs) -> Any:
+        if args.item is not None or (args.changes or EXACT).only:
+            raise StructureMismatchError(
+                f"{path} is no pytree: it was saved with {type(self.handler).__qualname__}. Restore it without `like` "
+                "and items=."
+            )
+        _, restore_cls = get_registered_args_cls(self.handler)
+        return read_checkpoint(self.handler, path, restore_cls())
 
     def restore_items(
         self, parts: Mapping[str, Any], objects: Mapping[str, Any], *, with_target: bool
@@ -227,15 +243,17 @@ class _Checkpoint:
         return {name: None if name in nothing else value for name, value in results.items()}
 
     def _args(self, name: str, part: Any, *, with_target: bool) -> CheckpointArgs | None:
-        if name in self.saved and name not in self.trees:
+        of_orbax = self._kinds.get(name) is OrbaxItemHandler
+        if name in self.saved and name not in self.trees and not of_orbax:
             return None  # JSON, an iterator's state, somebody's own: by what the checkpoint says of it
         # To the handler None means no target; a target that is None holds as many leaves as an empty tuple.
         target = (() if part is None else part) if with_target else None
-        return StandardRestoreArgs(target, changes=self.changes.within(name))
+        args_cls = OrbaxItemRestoreArgs if of_orbax else StandardRestoreArgs
+        return args_cls(target, changes=self.changes.within(name))
 
     def typed(self, restored: Any, *, is_whole: bool) -> Any:
         """What was restored without a target, in the types that it was saved in."""
-        if self.tree_handler is not None:
+        if self.handler is not None:
             return structure.typed_item(self.path, restored)
         directories = {name: os.path.join(self.path, name) for name in restored if name in self.trees}
         parts = {**restored, **{name: structure.typed_item(path, restored[name]) for name, path in directories.items()}}
@@ -244,7 +262,19 @@ class _Checkpoint:
     def restorable(self, objects: Mapping[str, Any]) -> list[str]:
         """What a restore without a target returns: everything but the metrics, which are metadata."""
         metrics = {METRICS_ITEM} - self.trees
-        return sorted(self.saved - metrics - objects.keys())
+        names = self.saved - metrics - objects.keys()
+        unknown = {name for name in names - self.trees if self._is_of_orbax_alone(name)}
+        if unknown:
+            text = f"{self.path}: items {sorted(unknown)} are of kinds that only Orbax can read"
+            if unknown == names:
+                raise HandlerNotFoundError(f"{text}, and there are no others; restore them with Orbax")
+            _log.warning("%s, and are left out", text)
+        return sorted(names - unknown)
+
+    def _is_of_orbax_alone(self, name: str) -> bool:
+        recorded = self._recorded.get(name, "")
+        is_known = self._kinds.get(name) or recognize_handler(os.path.join(self.path, name))
+        return recorded.startswith("orbax.") and not is_known
 
     @property
     def single_item(self) -> str:
@@ -309,17 +339,31 @@ def _object_args(value: Any, changes: Changes) -> CheckpointArgs:
     )
 
 
-def _is_tree_handler(recorded: str) -> bool:
+def _handler_of_whole(path: str) -> Any:
+    """What reads a checkpoint that has no items; None for one that has."""
+    if is_flax_file(path):
+        return FlaxFileHandler()
+    is_tree = StandardCheckpointHandler.recognizes(path)
+    if is_tree and not os.path.isdir(os.path.join(path, ARRAY_NAME)):
+        return StandardCheckpointHandler()
+    recorded = (read_step_metadata(path) or StepMetadata()).item_handlers
+    if isinstance(recorded, str):
+        return handler_on_disk(path, recorded)
+    return StandardCheckpointHandler() if is_tree else None
+
+
+def _kind(recorded: str) -> type | None:
+    """The class of a recorded handler; None where nobody here knows it."""
     try:
-        return get_handler_type(recorded) is StandardCheckpointHandler
+        return get_handler_type(recorded)
     except HandlerNotFoundError:
-        return False
+        return None
 
 
 def read_metadata(path: str) -> StepMetadata:
     """The metadata of a checkpoint, with shapes and dtypes of its pytree items."""
 
     def describe() -> StepMetadata:
-        return describe_checkpoint(handler_at(path) or CompositeCheckpointHandler(), epath.Path(path))
+        return describe_checkpoint(_handler_of_whole(path) or CompositeCheckpointHandler(), epath.Path(path))
 
     return read_unchanged(path, describe)

@@ -259,6 +259,8 @@ _ALIASES = {
     "PyTreeHandler": "StandardCheckpointHandler",
     "MetricsHandler": "JsonCheckpointHandler",
     "JsonHandler": "JsonCheckpointHandler",
+    "JaxRandomKeyCheckpointHandler": "ArrayCheckpointHandler",
+    "NumpyRandomKeyCheckpointHandler": "ArrayCheckpointHandler",
 }
 
 

@@ -23,17 +23,15 @@ from ckpt_hooks.handlers.base import (
     CheckpointArgs,
     CheckpointHandler,
     StagedSave,
-    get_handler_type,
     get_registered_args_cls,
     get_registered_handler_cls,
     has_registered_args,
     recognize_handler,
     register_with_handler,
     stage_with,
-    typestr_of,
 )
 from ckpt_hooks.handlers.legacy import recorded_name, wrap_legacy
-from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler
+from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler, handler_on_disk
 from ckpt_hooks.metadata import METADATA_FILE, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
@@ -245,7 +243,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
     def restore(self, directory: epath.Path, args: CompositeArgs | None = None) -> CompositeArgs:
         """The items asked for, or all of them."""
         checksums = FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE)
-        recorded = self._recorded_handlers(directory)
+        recorded = self._recorded_handlers(directory, asks_for_all=not args)
         saved = sorted({*_present_items(directory, recorded, checksums), *(checksums.items() if checksums else ())})
         wanted = dict.fromkeys(saved) if args is None or not len(args) else dict(args.items())
         results = {}
@@ -289,18 +287,20 @@ class CompositeCheckpointHandler(CheckpointHandler):
             # The item's directory is there, so what lacks in it is damage.
             raise CorruptCheckpointError(str(error)) from error
 
-    def _recorded_handlers(self, directory: epath.Path) -> Mapping[str, str]:
+    def _recorded_handlers(self, directory: epath.Path, *, asks_for_all: bool = True) -> Mapping[str, str]:
         metadata = read_step_metadata(os.fspath(directory))
         handlers = metadata.item_handlers if metadata else None
+        if isinstance(handlers, str) and asks_for_all:
+            raise InvalidArgumentError(
+                f"{directory} is no composite: it was saved with {handlers}. Restore it with that handler, or with "
+                "ckpt_hooks.restore."
+            )
         return handlers if isinstance(handlers, Mapping) else {}
 
     def metadata(self, directory: epath.Path) -> CompositeArgs:
         """{item: what its handler tells}; None for an item whose handler is not known or tells nothing."""
         if not os.path.isdir(directory):
             raise CheckpointNotFoundError(f"there is no checkpoint at {directory}")
-        step_metadata = read_step_metadata(os.fspath(directory))
-        if step_metadata is not None and isinstance(step_metadata.item_handlers, str):
-            raise InvalidArgumentError(f"{directory} is no composite: it was saved with {step_metadata.item_handlers}")
         recorded = self._recorded_handlers(directory)
         present = _present_items(directory, recorded, FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE))
         return CompositeArgs(**{name: self._item_metadata(directory / name, recorded.get(name)) for name in present})
@@ -344,18 +344,9 @@ class CompositeCheckpointHandler(CheckpointHandler):
             for (name, _), handler in self._registry.get_all_entries().items():
                 if name == path.name:
                     return handler
-        recognized = recognize_handler(os.fspath(path))
-        if recognized is not None and not _is_known(recorded, besides=recognized):
-            return build_handler(recognized)
-        if asked and path.name not in self._handlers and recorded is None:
+        if asked and path.name not in self._handlers and recorded is None and not recognize_handler(os.fspath(path)):
             raise InvalidArgumentError(f"item {path.name!r}: give its args, since its handler is not known")
-        try:
-            return build_handler(get_handler_type(recorded or ""))
-        except HandlerNotFoundError as error:
-            raise InvalidArgumentError(
-                f'item "{path.name}" was found in the checkpoint, but could not be restored: {error} '
-                "Name its args, or give a handler registry."
-            ) from error
+        return handler_on_disk(os.fspath(path), recorded)
 
     def close(self) -> None:
         for pinned in self._handlers.values():
@@ -373,17 +364,6 @@ class _Handler:
         self.recorded_name = recorded_name(handler)
         inherited = getattr(type(handler), "finalize", None) is CheckpointHandler.finalize
         self.finalize = None if inherited else getattr(handler, "finalize", None)
-
-
-def _is_known(recorded: str | None, *, besides: type) -> bool:
-    """Whether a recorded name is of a registered handler, and not one by which `besides` records itself too."""
-    if recorded is None or recorded == typestr_of(besides, recorded=True):
-        return False
-    try:
-        get_handler_type(recorded)
-    except HandlerNotFoundError:
-        return False
-    return True
 
 
 def _check_item(name: str, args: Any) -> None:

@@ -20,12 +20,12 @@ from etils import epath
 from ckpt_hooks import tree
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CorruptCheckpointError, UnsupportedLeafError
-from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
+from ckpt_hooks.handlers.pytree import StandardRestoreArgs
 from ckpt_hooks.loading import NO_TARGET, SavedTree
 from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.temporary_paths import is_committed
 
-__all__ = ["PREFIX", "FlaxFileHandler", "flax_path", "handler_at", "is_flax_checkpoint", "is_flax_file"]
+__all__ = ["PREFIX", "FlaxFileHandler", "flax_path", "is_flax_checkpoint", "is_flax_file"]
 
 PREFIX = "checkpoint_"  # Flax's default; who chose another one names the path
 
@@ -66,13 +66,6 @@ class FlaxFileHandler:
     def metadata(self, directory: epath.Path) -> Any:
         """The tree with a `jax.ShapeDtypeStruct` for each array."""
         return FlaxFile(os.fspath(directory)).metadata()
-
-
-def handler_at(path: str) -> StandardCheckpointHandler | FlaxFileHandler | None:
-    """What reads a checkpoint that is one pytree; None for one that has items."""
-    if StandardCheckpointHandler.recognizes(path):
-        return StandardCheckpointHandler()
-    return FlaxFileHandler() if is_flax_file(path) else None
 
 
 class FlaxFile(SavedTree):

@@ -12,10 +12,14 @@ from etils import epath
 
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError, NotSerializableError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
+from ckpt_hooks.metadata import METADATA_FILE
 from ckpt_hooks.processes import index
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 
 __all__ = ["JsonCheckpointHandler", "JsonRestoreArgs", "JsonSaveArgs"]
+
+_NOT_CONTENT = frozenset({METADATA_FILE, CHECKSUMS_FILE, commit.COMMIT_MARKER})
 
 
 class JsonCheckpointHandler(CheckpointHandler):
@@ -57,6 +61,11 @@ class JsonCheckpointHandler(CheckpointHandler):
         path = os.path.join(directory, self._filename)
         if os.path.isfile(path):
             return path
+        if os.path.isfile(os.path.join(directory, METADATA_FILE)):  # a checkpoint that is a JSON item and nothing else
+            with os.scandir(directory) as entries:
+                names = [entry.name for entry in entries if entry.is_file() and entry.name not in _NOT_CONTENT]
+            if len(names) == 1:
+                return os.path.join(directory, names[0])
         same_name = os.path.join(directory, os.path.basename(directory))  # Orbax's metrics/metrics
         if os.path.isfile(same_name):
             return same_name

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ckpt_hooks.errors import HandlerExistsError, HandlerNotFoundError, InvalidArgumentError
-from ckpt_hooks.handlers.base import CheckpointArgs, get_registered_handler_cls
+from ckpt_hooks.handlers.base import (
+    CheckpointArgs,
+    get_handler_type,
+    get_registered_handler_cls,
+    recognize_handler,
+    typestr_of,
+)
 
-__all__ = ["DefaultCheckpointHandlerRegistry"]
+__all__ = ["DefaultCheckpointHandlerRegistry", "build_handler", "handler_on_disk"]
 
 _Entry = tuple[str | None, type[CheckpointArgs]]
 
@@ -55,6 +62,34 @@ class DefaultCheckpointHandlerRegistry:
     def get_all_entries(self) -> dict[_Entry, Any]:
         """A copy of all entries."""
         return dict(self._entries)
+
+
+def handler_on_disk(path: str, recorded: str | None) -> Any:
+    """The handler of an item, or of a checkpoint without items, by its files or by its recorded name.
+
+    Raises InvalidArgumentError where neither is of a registered one.
+    """
+    recognized = recognize_handler(path)
+    if recognized is not None and not _is_known(recorded, besides=recognized):
+        return build_handler(recognized)
+    try:
+        return build_handler(get_handler_type(recorded or ""))
+    except HandlerNotFoundError as error:
+        raise InvalidArgumentError(
+            f'item "{os.path.basename(path)}" was found in the checkpoint, but could not be restored: {error} '
+            "Name its args, or give a handler registry."
+        ) from error
+
+
+def _is_known(recorded: str | None, *, besides: type) -> bool:
+    """Whether a recorded name is of a registered handler, and not one by which `besides` records itself too."""
+    if recorded is None or recorded == typestr_of(besides, recorded=True):
+        return False
+    try:
+        get_handler_type(recorded)
+    except HandlerNotFoundError:
+        return False
+    return True
 
 
 def build_handler(handler_cls: type) -> Any:
