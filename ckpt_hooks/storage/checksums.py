@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -39,13 +40,24 @@ import xxhash
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import COMMIT_MARKER
 
-__all__ = ["ARRAY_FILE", "FILE", "ArrayChecksums", "FileChecksums", "digest", "read_file"]
+__all__ = [
+    "ARRAY_FILE",
+    "FILE",
+    "ArrayChecksums",
+    "FileChecksums",
+    "ItemChecksums",
+    "PieceTable",
+    "digest",
+    "read_file",
+]
 
 FILE = "_CHECKSUMS"
 ARRAY_FILE = "_ARRAY_CHECKSUMS"
 DATA_FOLDER = "d"
 PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
 _TITLE = "ckpt_hooks checksums 1"
+# Of every process that wrote an item but the first: the table of its data file, and what the first one has said too.
+_OF_ANOTHER_PROCESS = re.compile(rf"(?:^|/)(?:{ARRAY_FILE}\.|array_metadatas/process_)[1-9]\d*$").search
 _READ_NBYTES = 64 << 10  # small enough for memory that need not be fetched from the system
 
 Pieces = npt.NDArray[np.void]
@@ -65,7 +77,7 @@ def array_file(process: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayChecksums:
-    """The pieces of the data files of one pytree item: {path: (pieces, size of the file)}, in so many tables."""
+    """One table: {path of a data file: (its pieces, size of the file)}, and how many tables the item has."""
 
     files: Mapping[str, tuple[Pieces, int]]
     num_tables: int = 1
@@ -93,28 +105,13 @@ class ArrayChecksums:
         return cls(files, fields.get("tables", 1))
 
     @classmethod
-    def read(cls, directory: str) -> ArrayChecksums:
-        """The tables of all processes that wrote an item.
+    def read(cls, directory: str, process: int = 0) -> ArrayChecksums:
+        """The table of one of the processes that wrote an item.
 
-        Raises CorruptCheckpointError where one is missing or does not verify itself.
+        Raises CorruptCheckpointError where it is missing or does not verify itself.
         """
-        first = cls._read_one(directory, 0)
-        others = [cls._read_one(directory, process) for process in range(1, first.num_tables)]
-        files = dict(first.files)
-        for other in others:
-            files.update(other.files)
-        return cls(files, first.num_tables) if others else first
-
-    @classmethod
-    def _read_one(cls, directory: str, process: int) -> ArrayChecksums:
         path = os.path.join(directory, array_file(process))
         return cls.decode(read_file(path), path)
-
-    def table(self, file: str) -> PieceTable:
-        """The pieces of a file."""
-        if file not in self.files:
-            raise CorruptCheckpointError(f"index refers to {file!r}, which {ARRAY_FILE} does not know")
-        return PieceTable(self.files[file][0])
 
     def problems(self, directory: str) -> Iterator[str]:
         """Reads every data file and names each piece that is not what was saved."""
@@ -128,6 +125,42 @@ class ArrayChecksums:
                 for offset, length, saved in pieces.tolist():
                     if digest(os.pread(file.fileno(), length, offset)) != saved:
                         yield f"{path}: bytes {offset} to {offset + length} are not what was saved"
+
+
+class ItemChecksums:
+    """The pieces of the data files of an item; the table of a process is read when its data file is needed.
+
+    Raises CorruptCheckpointError where a table is missing, or is not what was saved.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        first = ArrayChecksums.read(directory)
+        self._files = dict(first.files)
+        self._num_tables = first.num_tables
+        self._checkpoint: FileChecksums | None = None
+
+    def pieces(self, file: str) -> PieceTable:
+        """Those of a data file."""
+        if file not in self._files:
+            self._files.update(self._of_other(file).files)
+        if file not in self._files:
+            raise CorruptCheckpointError(f"{self._directory}: the index refers to {file!r}, which no table knows")
+        return PieceTable(self._files[file][0])
+
+    def _of_other(self, file: str) -> ArrayChecksums:
+        folder, _, name = file.rpartition("/")
+        process = int(name, 16) if folder == DATA_FOLDER and _is_hex(name) else 0
+        if not 0 < process < self._num_tables:
+            return ArrayChecksums({})
+        if self._checkpoint is None:
+            self._checkpoint = FileChecksums.of_item(self._directory)
+        self._checkpoint.check_file(self._directory, array_file(process))
+        return ArrayChecksums.read(self._directory, process)
+
+
+def _is_hex(text: str) -> bool:
+    return bool(text) and set(text) <= set("0123456789abcdef")
 
 
 class PieceTable:
@@ -159,6 +192,20 @@ class PieceTable:
                 f"{path}: no checksum covers the bytes from {offsets[number]} to {ends[number]}"
             )
         return first, last + 1
+
+    def nbytes(self, pieces: range) -> int:
+        """The length of neighbouring pieces."""
+        return int(self.ends[pieces.stop - 1] - self.starts[pieces.start]) if pieces else 0
+
+    def runs(self, pieces: range, nbytes: int) -> Iterator[range]:
+        """Neighbouring pieces, as many at a time as have no more than so many bytes, but at least one."""
+        begin = pieces.start
+        for number in pieces:
+            if number > begin and self.ends[number] - self.starts[begin] > nbytes:
+                yield range(begin, number)
+                begin = number
+        if pieces:
+            yield range(begin, pieces.stop)
 
 
 def check_piece(data: memoryview, saved: int, where: str) -> None:
@@ -213,6 +260,17 @@ class FileChecksums:
                 raise CorruptCheckpointError(f"{os.path.join(directory, FILE)} is missing")
         return checksums
 
+    @classmethod
+    def of_item(cls, directory: str) -> FileChecksums:
+        """Those of the files in an item's directory, by their names there; none where it is no part of a checkpoint."""
+        alone = cls.read(directory)
+        if alone is not None:
+            return alone
+        parent, name = os.path.split(directory)
+        checkpoint = cls.read(parent) or cls({})
+        prefix = f"{name}/"
+        return cls({p.removeprefix(prefix): known for p, known in checkpoint.files.items() if p.startswith(prefix)})
+
     def encode(self) -> bytes:
         """The file ``_CHECKSUMS``."""
         rows = [
@@ -265,10 +323,20 @@ class FileChecksums:
                 yield problem
 
     def check(self, directory: str, below: str | None = None) -> None:
-        """Raises CorruptCheckpointError that lists every problem."""
-        problems = list(self.problems(directory, below))
+        """Checks what a restore reads in any case, of each item the files of the first process that wrote it.
+
+        Raises CorruptCheckpointError that lists every problem.
+        """
+        common = {path: accepted for path, accepted in self.files.items() if not _OF_ANOTHER_PROCESS(path)}
+        problems = list(FileChecksums(common).problems(directory, below))
         if problems:
             raise CorruptCheckpointError("; ".join(problems))
+
+    def check_file(self, directory: str, path: str) -> None:
+        """Raises CorruptCheckpointError where a file that is covered is not what was saved."""
+        problem = _problem(os.path.join(directory, path), self.files[path]) if path in self.files else None
+        if problem:
+            raise CorruptCheckpointError(problem)
 
 
 def read_file(path: str) -> bytes:
@@ -285,7 +353,10 @@ def array_problems(directory: str) -> Iterator[str]:
     for folder, _, names in os.walk(directory):
         if ARRAY_FILE in names:
             try:
-                yield from ArrayChecksums.read(folder).problems(folder)
+                first = ArrayChecksums.read(folder)
+                yield from first.problems(folder)
+                for process in range(1, first.num_tables):
+                    yield from ArrayChecksums.read(folder, process).problems(folder)
             except CorruptCheckpointError as error:
                 yield f"{folder}: {error}"
 

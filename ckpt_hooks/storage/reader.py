@@ -1,7 +1,7 @@
 """The verified reader of what `layout` and `writer` wrote: straight into place, in parallel, every piece checked.
 
 What is asked for is a set of byte ranges, so the pieces that cover them are read, and nothing else. Neighbouring
-pieces share one slab of memory, and the arrays are views of it.
+pieces share one slab of memory, and the arrays are views of it. A region that is no chunk gets memory of its own.
 """
 
 from __future__ import annotations
@@ -11,27 +11,33 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and its siblings with NumPy by name)
 import numpy as np
+import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import ocdbt
-from ckpt_hooks.storage.checksums import ARRAY_FILE, ArrayChecksums, PieceTable, check_piece, read_file
+from ckpt_hooks.storage.checksums import ARRAY_FILE, ItemChecksums, PieceTable, check_piece, read_file
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompressed
-from ckpt_hooks.storage.layout import array_key
+from ckpt_hooks.storage.layout import ALIGNMENT_BYTES, array_key
 from ckpt_hooks.storage.memory import Bytes, aligned_memory
 from ckpt_hooks.storage.ocdbt import I64
+from ckpt_hooks.storage.regions import Overlap, Region, overlaps, shape_of, whole
+from ckpt_hooks.storage.slices import Slice, slice_tasks
 
 __all__ = ["ArrayInfo", "Database", "dtype_from_zarr"]
 
 _SLAB_BYTES = 16 << 20  # small neighbours share memory up to here; more would keep dead memory alive for one leaf
 _READ_BYTES = 8 << 20
+_LARGE_BYTES = 1 << 20  # chunks above it have several pieces, of which a region may not need all
+_BATCH_BYTES = 32 << 20  # of smaller chunks that are read to be put together
 _THREADS = 2
 _WORTH_A_THREAD_BYTES = 4 << 20
+_SPARSE = 2  # so many times the bytes that are wanted, nobody should hold for long
 _METADATA_KEY = b".zarray"
 
 
@@ -60,6 +66,16 @@ class _Stored(NamedTuple):
 _Array = tuple[_Stored, int]  # and the number of its only chunk, -1 where it has several or none
 _Value = tuple[Any, int]  # memory that holds it, and where in it the value begins
 _NOTHING: _Value = (b"", 0)
+_NO_ARRAY = np.empty(0)  # until it is read
+
+
+class _Part(NamedTuple):
+    """What a region takes of a chunk, and where it goes; the number is that of the chunk's value."""
+
+    stored: _Stored
+    number: int
+    in_chunk: tuple[slice, ...]
+    target: np.ndarray
 
 
 class Database:
@@ -71,7 +87,7 @@ class Database:
     def __init__(self, directory: str, *, verify: bool = True) -> None:
         self._directory = directory
         self._verify = verify
-        self._checksums = ArrayChecksums.read(directory)
+        self._checksums = ItemChecksums(directory)
         self._pieces: dict[str, PieceTable] = {}
         self._numbers: dict[bytes, int] = {}  # of the values, by their keys
         self._nbytes, self._files, self._offsets = (np.zeros(0, np.int64) for _ in range(3))
@@ -96,29 +112,92 @@ class Database:
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The arrays of these names; memory is aligned to 64 bytes and shared with no other call."""
         wanted = {name: self._arrays[name] for name in names}
-        whole = {name: stored for name, (stored, chunk) in wanted.items() if chunk >= 0}
-        cut = {name: self._chunks(name, stored) for name, (stored, chunk) in wanted.items() if chunk < 0}
+        in_one = {name: stored for name, (stored, chunk) in wanted.items() if chunk >= 0}
         numbers = [chunk for _, chunk in wanted.values() if chunk >= 0]
-        numbers += [number for chunks in cut.values() for _, number in chunks]
-        owners = [*whole.values(), *(wanted[name][0] for name, chunks in cut.items() for _ in chunks)]
-        values = iter(self._read_chunks(owners, np.array(numbers, np.int64)))
+        values = self._read_chunks(list(in_one.values()), np.array(numbers, np.int64))
         arrays = {
             name: np.ndarray(stored.info.shape, stored.info.dtype, memory, offset)  # what was read is the array
-            for (name, stored), (memory, offset) in zip(whole.items(), values)  # noqa: B905 (the rest is below)
+            for (name, stored), (memory, offset) in zip(in_one.items(), values, strict=True)
         }
-        for name, chunks in cut.items():
-            arrays[name] = _assembled(wanted[name][0].info, [position for position, _ in chunks], values)
-        return arrays
+        cut = {name: [whole(stored.info.shape)] for name, (stored, chunk) in wanted.items() if chunk < 0}
+        return arrays | {name: array for name, (array,) in self.read_regions(cut).items()} if cut else arrays
 
-    def _chunks(self, name: str, stored: _Stored) -> list[tuple[tuple[int, ...], int]]:
-        """(position, number of its value) of every chunk."""
-        chunks = []
-        for position, suffix in _grid(stored.info.shape, stored.info.chunk_shape):
-            number = self._numbers.get(array_key(name, suffix))
-            if number is None:
-                raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
-            chunks.append((position, number))
-        return chunks
+    # -------------------------------------------------------------- regions
+
+    def read_regions(self, wanted: Mapping[str, Sequence[Region]]) -> dict[str, list[np.ndarray]]:
+        """Regions of arrays, each in memory of its own; beside it, no more is held than a bounded number of bytes."""
+        found: dict[str, list[np.ndarray]] = {}
+        parts: list[_Part] = []
+        chunks: list[tuple[str, int, _Stored, int]] = []  # of the regions that are a chunk each
+        for name, regions in wanted.items():
+            stored, arrays = self._arrays[name][0], found.setdefault(name, [])
+            for region in regions:
+                cut = overlaps(region, stored.info.chunk_shape)
+                if len(cut) == 1 and shape_of(region) == stored.info.chunk_shape:
+                    chunks.append((name, len(arrays), stored, self._chunk(name, cut[0])))
+                    arrays.append(_NO_ARRAY)
+                    continue
+                array = _empty(shape_of(region), stored.info.dtype)
+                arrays.append(array)
+                for overlap in cut:
+                    target = array[(*overlap.in_region, ...)]  # a view, also of an array without axes
+                    parts.append(_Part(stored, self._chunk(name, overlap), overlap.in_chunk, target))
+        numbers = np.array([number for *_, number in chunks], np.int64)
+        values = self._read_chunks([stored for _, _, stored, _ in chunks], numbers)
+        for (name, place, stored, _), (memory, offset) in zip(chunks, values, strict=True):
+            found[name][place] = np.ndarray(stored.info.chunk_shape, stored.info.dtype, memory, offset)
+        self._fill(parts)
+        return found
+
+    def _chunk(self, name: str, overlap: Overlap) -> int:
+        """The number of a chunk's value."""
+        suffix = ".".join(map(str, overlap.position)) or "0"
+        number = self._numbers.get(array_key(name, suffix))
+        if number is None:
+            raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
+        return number
+
+    def _fill(self, parts: Sequence[_Part]) -> None:
+        sliced: dict[int, list[_Part]] = {}
+        batch: dict[int, list[_Part]] = {}
+        batch_nbytes = 0
+        for part in parts:
+            file = int(self._files[part.number])
+            if file >= 0 and part.stored.chunk_nbytes > _LARGE_BYTES and not part.stored.is_compressed:
+                sliced.setdefault(file, []).append(part)
+                continue
+            if part.number not in batch:
+                if batch and batch_nbytes + part.stored.chunk_nbytes > _BATCH_BYTES:
+                    self._fill_from_chunks(batch)
+                    batch, batch_nbytes = {}, 0
+                batch_nbytes += part.stored.chunk_nbytes
+            batch.setdefault(part.number, []).append(part)
+        self._fill_from_chunks(batch)
+        for file, some in sliced.items():
+            self._fill_sliced(self._file_names[file], some)
+
+    def _fill_from_chunks(self, batch: Mapping[int, Sequence[_Part]]) -> None:
+        values = self._read_chunks([parts[0].stored for parts in batch.values()], np.array(list(batch), np.int64))
+        for parts, (memory, offset) in zip(batch.values(), values, strict=True):
+            info = parts[0].stored.info
+            chunk = np.ndarray(info.chunk_shape, info.dtype, memory, offset)
+            for part in parts:
+                part.target[...] = chunk[part.in_chunk]
+
+    def _fill_sliced(self, name: str, parts: Sequence[_Part]) -> None:
+        """Parts of large chunks in one data file."""
+        path, pieces = f"{self._directory}/{name}", self._pieces_of(name)
+        slices = []
+        for part in parts:
+            self._check_lengths([part.stored], np.array([part.number], np.int64))
+            offset = int(self._offsets[part.number])
+            slices.append(Slice.of_chunk(offset, part.stored.info.chunk_shape, part.in_chunk, part.target))
+        descriptor = _open(path)
+        try:
+            read = functools.partial(self._read_block, path, descriptor, pieces)
+            run_parallel(slice_tasks(slices, pieces, read, path), _THREADS)
+        finally:
+            os.close(descriptor)
 
     # -------------------------------------------------------------- the index
 
@@ -159,17 +238,22 @@ class Database:
 
     def _read_chunks(self, owners: Sequence[_Stored], numbers: I64) -> list[_Value]:
         """The chunks with these numbers, of these arrays."""
+        is_compressed, expected = self._check_lengths(owners, numbers)
+        values = self._read_values(numbers)
+        decompress = functools.partial(self._decompress, values, self._nbytes[numbers].tolist(), expected.tolist())
+        places = np.flatnonzero(is_compressed).tolist()
+        run_parallel([functools.partial(decompress, place) for place in places], _THREADS if places else 1)
+        return values
+
+    def _check_lengths(self, owners: Sequence[_Stored], numbers: I64) -> tuple[npt.NDArray[np.bool_], I64]:
+        """Whether each chunk is compressed, and how many bytes it has when it is not."""
         is_compressed = np.array([owner.is_compressed for owner in owners], np.bool_)
         expected = np.array([owner.chunk_nbytes for owner in owners], np.int64)
         if (self._nbytes[numbers] != expected)[~is_compressed].any():
             raise CorruptCheckpointError(
                 f"{self._directory}: the index has chunks of a length that is not their array's"
             )
-        values = self._read_values(numbers)
-        decompress = functools.partial(self._decompress, values, self._nbytes[numbers].tolist(), expected.tolist())
-        places = np.flatnonzero(is_compressed).tolist()
-        run_parallel([functools.partial(decompress, place) for place in places], _THREADS if places else 1)
-        return values
+        return is_compressed, expected
 
     def _decompress(
         self, values: list[_Value], nbytes: Sequence[int], expected_nbytes: Sequence[int], place: int
@@ -205,20 +289,26 @@ class Database:
         try:
             for begin, end in _slabs(pieces, first[order].tolist(), stop[order].tolist()):
                 group = order[begin:end]
-                first_piece, stop_piece = int(first[group[0]]), int(stop[group].max())
-                start = int(pieces.starts[first_piece])
-                slab = aligned_memory(int(pieces.ends[stop_piece - 1]) - start)
+                needed = range(int(first[group[0]]), int(stop[group].max()))
+                start = int(pieces.starts[needed.start])
+                if pieces.nbytes(needed) > _SPARSE * int(_aligned(nbytes[group]).sum()):
+                    columns = group.tolist(), (offsets[group] - start).tolist(), nbytes[group].tolist()
+                    wanted = list(zip(*columns, strict=True))
+                    read = functools.partial(self._read_block, path, descriptor, pieces)
+                    tasks.append(functools.partial(_read_sparse, values, wanted, pieces, needed, read))
+                    continue
+                slab = aligned_memory(pieces.nbytes(needed))
                 for place, offset in zip(group.tolist(), (offsets[group] - start).tolist(), strict=True):
                     values[place] = slab, offset
-                read = functools.partial(self._read_block, path, descriptor, slab, start, pieces)
-                tasks += [functools.partial(read, block) for block in _blocks(pieces, first_piece, stop_piece)]
+                read = functools.partial(self._read_block, path, descriptor, pieces, slab, start)
+                tasks += [functools.partial(read, block) for block in pieces.runs(needed, _READ_BYTES)]
             run_parallel(tasks, _THREADS if int(nbytes.sum()) > _WORTH_A_THREAD_BYTES else 1)
         finally:
             os.close(descriptor)
         return values
 
     def _read_block(
-        self, path: str, descriptor: int, slab: Bytes, start: int, pieces: PieceTable, block: range
+        self, path: str, descriptor: int, pieces: PieceTable, slab: Bytes, start: int, block: range
     ) -> None:
         """Reads neighbouring pieces into their slab, which begins at `start` of the file, and checks them."""
         bounds = [(pieces.starts[number] - start, pieces.ends[number] - start) for number in block]
@@ -230,7 +320,7 @@ class Database:
 
     def _pieces_of(self, name: str) -> PieceTable:
         if name not in self._pieces:
-            self._pieces[name] = self._checksums.table(name)
+            self._pieces[name] = self._checksums.pieces(name)
         return self._pieces[name]
 
 
@@ -253,14 +343,22 @@ def _slabs(pieces: PieceTable, first: Sequence[int], stop: Sequence[int]) -> Ite
         yield begin, len(first)
 
 
-def _blocks(pieces: PieceTable, first: int, stop: int) -> Iterator[range]:
-    """The pieces of a slab, as many at a time as one read fetches."""
-    begin = first
-    for number in range(first, stop):
-        if pieces.ends[number] - pieces.starts[begin] > _READ_BYTES and number > begin:
-            yield range(begin, number)
-            begin = number
-    yield range(begin, stop)
+def _aligned(nbytes: I64) -> I64:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _read_sparse(
+    values: list[_Value], wanted: Sequence[tuple[int, int, int]], pieces: PieceTable, needed: range, read: Any
+) -> None:
+    """Values, by (place, offset, length), of which there is little in their pieces: they get memory of their own."""
+    slab = aligned_memory(pieces.nbytes(needed))
+    for block in pieces.runs(needed, _READ_BYTES):
+        read(slab, int(pieces.starts[needed.start]), block)
+    ends = np.cumsum(_aligned(np.array([nbytes for _, _, nbytes in wanted]))).tolist()
+    own = aligned_memory(ends[-1])
+    for (place, offset, nbytes), start in zip(wanted, [0, *ends[:-1]], strict=True):
+        own[start : start + nbytes] = slab[offset : offset + nbytes]
+        values[place] = own, start
 
 
 # ------------------------------------------------------------------ files
@@ -297,13 +395,6 @@ def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
-    """(position, key suffix) of every chunk; most arrays of a state share a few shapes."""
-    counts = [-(-n // c) for n, c in zip(shape, chunk_shape, strict=True)]
-    return [(position, ".".join(map(str, position)) or "0") for position in np.ndindex(*counts)]
-
-
-@functools.lru_cache(maxsize=4096)
 def _parse_zarray(encoded: bytes) -> _Stored:
     fields = json.loads(encoded)
     info = ArrayInfo(tuple(fields["shape"]), dtype_from_zarr(fields["dtype"]), tuple(fields["chunks"]))
@@ -318,17 +409,5 @@ def dtype_from_zarr(text: str) -> np.dtype:
     return np.dtype(text)
 
 
-def _assembled(info: ArrayInfo, positions: Sequence[tuple[int, ...]], values: Iterator[_Value]) -> np.ndarray:
-    """An array of several chunks, or of none, which are the next of `values`."""
-    nbytes = math.prod(info.shape) * info.dtype.itemsize
-    array = aligned_memory(nbytes).view(info.dtype).reshape(info.shape)
-    for position, (memory, offset) in zip(positions, values):  # noqa: B905 (the rest is other arrays')
-        _fill(array, position, np.ndarray(info.chunk_shape, info.dtype, memory, offset))
-    return array
-
-
-def _fill(array: np.ndarray, position: tuple[int, ...], chunk: np.ndarray) -> None:
-    """Puts a chunk, which may reach over the end of the array, into its place."""
-    starts = [p * c for p, c in zip(position, chunk.shape, strict=True)]
-    region = tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, chunk.shape, array.shape, strict=True))
-    array[region] = chunk[tuple(slice(0, part.stop - part.start) for part in region)]
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return aligned_memory(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
