@@ -26,6 +26,7 @@ __all__ = [
     "is_prng_key",
     "shard_arrays",
     "sharding_file",
+    "sharding_from_json",
     "sharding_to_json",
     "tree_metadata_file",
 ]
@@ -194,6 +195,34 @@ def sharding_to_json(sharding: jax.sharding.Sharding) -> str | None:
             "device_mesh": {"mesh": devices.tolist()},
         }
     )
+
+
+def sharding_from_json(text: str, ndim: int) -> jax.sharding.NamedSharding | None:
+    """The opposite, for an array with so many axes; None for what was on one device, and for what is not understood.
+
+    Raises LookupError where the devices are not here.
+    """
+    try:
+        fields = json.loads(text)
+        if fields["sharding_type"] != "NamedSharding":
+            return None
+        ids = np.vectorize(lambda device: device["id"], otypes=[int])(np.array(fields["device_mesh"]["mesh"], object))
+        parts = [tuple(part) if isinstance(part, list) else part for part in fields["partition_spec"]]
+        axis_names = tuple(fields["axis_names"])
+        kinds = fields.get("axis_types") or ["AxisType.Auto"] * len(axis_names)
+        axis_types = tuple(jax.sharding.AxisType[kind.rpartition(".")[2]] for kind in kinds)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    while len(parts) > ndim and parts[-1] is None:
+        parts.pop()  # that of the numbers of PRNG keys, which have axes more
+    here = {device.id: device for device in jax.devices()}
+    missing = sorted(set(ids.flat) - here.keys())
+    if missing or len(parts) > ndim:
+        raise LookupError(f"devices {missing} are not here")
+    devices = np.vectorize(here.__getitem__, otypes=[object])(ids)
+    mesh = jax.sharding.Mesh(devices, axis_names, axis_types=axis_types)
+    spec = jax.sharding.PartitionSpec(*parts)  # type: ignore[no-untyped-call]
+    return jax.sharding.NamedSharding(mesh, spec, memory_kind=fields.get("memory_kind") or None)
 
 
 def sharding_file(names: Sequence[str], leaves: Sequence[LeafPlan]) -> bytes:

@@ -17,8 +17,10 @@ from ckpt_hooks.changes import EXACT, Changes, is_floating
 from ckpt_hooks.equinox_modules import functions_among
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
+from ckpt_hooks.shards import Parts, Spread, are_undecided, spreads_of, with_saved_shardings
 from ckpt_hooks.storage.reader import ArrayInfo, Database
-from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, STRINGS_FILE
+from ckpt_hooks.storage.regions import Region
+from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, SHARDING_FILE, STRINGS_FILE
 
 __all__ = ["NO_TARGET", "SavedTree"]
 
@@ -28,6 +30,7 @@ NO_TARGET: Any = type("NoTarget", (), {"__repr__": lambda self: "NO_TARGET"})()
 class _Arrays(Protocol):
     def info(self, name: str) -> ArrayInfo: ...
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]: ...
+    def read_regions(self, wanted: Mapping[str, Sequence[Region]]) -> dict[str, list[np.ndarray]]: ...
 
 
 class SavedTree:
@@ -71,6 +74,8 @@ class SavedTree:
         everything = tree.named_leaves(like)
         kept = self._kept_functions(everything, changes)
         targets = {name: leaf for name, leaf in everything.items() if name not in kept} if kept else everything
+        if are_undecided(targets.values()):
+            targets = self._decided(targets, saved_names)
         if changes.is_exact and not kept:
             values = self._restore_leaves(self.leaves, targets, changes)
         else:
@@ -80,6 +85,13 @@ class SavedTree:
             restored = dict(zip(wanted, self._restore_leaves(leaves, wanted, changes, saved_names), strict=True))
             values = [restored.get(name, leaf) for name, leaf in everything.items()]
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
+
+    def _decided(self, targets: Mapping[str, Any], saved_names: Mapping[str, str]) -> dict[str, Any]:
+        """The targets, with the shardings that were saved where there are none."""
+        encoded = _read_json(os.path.join(self._directory, SHARDING_FILE), b"NamedSharding") or {}
+        by_saved_name = {saved_names.get(name, name): leaf for name, leaf in targets.items()}
+        decided = with_saved_shardings(self._directory, by_saved_name, encoded)
+        return {name: decided[saved_names.get(name, name)] for name in targets}
 
     def _kept_functions(self, targets: Mapping[str, Any], changes: Changes) -> frozenset[str]:
         """The functions of a target that stay as they are, nothing having been saved in their places."""
@@ -97,8 +109,14 @@ class SavedTree:
     ) -> list[Any]:
         """The values of the leaves of `like`, which `leaves` has under the same names."""
         to_fit = match(leaves, targets, changes, item=os.path.basename(self._directory))
+        spreads = spreads_of(targets, lambda name: _shape_of(leaves[name]))
         old_names = targets if saved_names is None else {saved_names[name]: None for name in targets}
-        found: dict[str, Any] = {**self._read(old_names), **self._strings}
+        if not spreads:
+            found: dict[str, Any] = {**self._read(old_names), **self._strings}
+        else:
+            old_spreads = {name if saved_names is None else saved_names[name]: s for name, s in spreads.items()}
+            unspread = self._read(name for name in old_names if name not in old_spreads)
+            found = {**unspread, **self._strings, **self._read_parts(old_spreads)}
         if saved_names is not None:
             found = {name: found[saved_names[name]] for name in targets}
         for name in to_fit:
@@ -106,6 +124,17 @@ class SavedTree:
         values = [found[name] for name in targets]
         place_on_devices(list(targets), values, list(targets.values()))
         return values
+
+    def _read_parts(self, spreads: Mapping[str, Spread]) -> dict[str, Parts]:
+        """Of arrays that are spread over devices, what this process needs."""
+        start_secs = time.perf_counter()
+        found = self._arrays.read_regions({name: spread.regions for name, spread in spreads.items()})
+        events.record_duration_secs(events.READ_DATA_SECS, time.perf_counter() - start_secs)
+        events.record_scalar(events.READ_BYTES, sum(array.nbytes for arrays in found.values() for array in arrays))
+        infos = {name: self._arrays.info(name) for name in spreads}
+        return {
+            name: Parts(spreads[name], infos[name].shape, infos[name].dtype, arrays) for name, arrays in found.items()
+        }
 
     def _restore_plain(self, changes: Changes) -> Any:
         records = [record for record in self._records if changes.selects(record.name)]
@@ -192,7 +221,10 @@ class SavedTree:
         """{name: implementation} of the typed PRNG keys."""
         folder = os.path.join(self._directory, ARRAY_METADATA_FOLDER)
         impls = {}
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        files = os.listdir(folder) if os.path.isdir(folder) else []
+        if Database.is_ours(self._directory):
+            files = files and [tree.FIRST_ARRAY_METADATA]  # of several processes, each has said the same
+        for name in files:
             path = os.path.join(folder, name)
             content = _read_json(path, b"random_key_impl")
             try:
@@ -203,6 +235,11 @@ class SavedTree:
             except (KeyError, TypeError, AttributeError) as error:
                 raise CorruptCheckpointError(f"{path} is damaged: {error!r}") from error
         return impls
+
+
+def _shape_of(leaf: SavedLeaf) -> tuple[int, ...]:
+    assert leaf.info is not None, "what a sharding is wanted for is an array"
+    return leaf.info.shape
 
 
 def _read_json(path: str, holding: bytes = b"") -> Any:

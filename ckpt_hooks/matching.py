@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -15,6 +16,7 @@ from ckpt_hooks.changes import Changes
 from ckpt_hooks.devices import put_bound, put_free
 from ckpt_hooks.errors import StructureMismatchError
 from ckpt_hooks.leaves import is_prng_key
+from ckpt_hooks.shards import Parts, put_parts
 from ckpt_hooks.storage.reader import ArrayInfo
 
 __all__ = ["SavedLeaf", "fit", "key_dtype", "match", "place_on_devices"]
@@ -171,6 +173,11 @@ def _describe(value: Any) -> str:
 
 def fit(name: str, saved: SavedLeaf, host: Any, like: Any, *, cast: bool) -> Any:
     """The value for a leaf of `like` that `match` has let pass: a Python scalar, a NumPy array, a string, a key."""
+    if isinstance(host, Parts):
+        if saved.key_impl is not None:
+            return dataclasses.replace(host, shape=like.shape, dtype=like.dtype, key_impl=saved.key_impl)
+        arrays = [fit(name, saved, array, like, cast=cast) for array in host.arrays]
+        return dataclasses.replace(host, arrays=arrays, dtype=like.dtype)
     if saved.info is None:
         return host
     if saved.key_impl is not None:
@@ -189,13 +196,14 @@ def fit(name: str, saved: SavedLeaf, host: Any, like: Any, *, cast: bool) -> Any
 
 
 def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any]) -> None:
-    """Turns host values into JAX arrays where `like` has JAX arrays or abstract ones, in two batched transfers.
+    """Turns host values into JAX arrays where `like` has JAX arrays or abstract ones, in three batched transfers.
 
     An array that was bound to its devices goes back there; one that was free to move stays free, since JAX
     refuses to mix a bound scalar with arrays that are sharded elsewhere.
     """
     free: list[int] = []
     bound: list[int] = []
+    spread: list[int] = []
     weak: list[int] = []
     shardings: list[jax.sharding.Sharding] = []
     width_is_kept = functools.cache(_width_is_kept)  # most leaves share a few dtypes
@@ -211,11 +219,17 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
         sharding = getattr(leaf, "sharding", None)
         if sharding is None or (is_array[kind] and not leaf.committed):
             free.append(number)
+        elif type(values[number]) is Parts:
+            spread.append(number)
         else:
             bound.append(number)
             shardings.append(sharding)
-    placed = put_free([values[number] for number in free]), put_bound([values[number] for number in bound], shardings)
-    for numbers, arrays in zip((free, bound), placed, strict=True):
+    placed = (
+        put_free([values[number] for number in free]),
+        put_bound([values[number] for number in bound], shardings),
+        put_parts([values[number] for number in spread]),
+    )
+    for numbers, arrays in zip((free, bound, spread), placed, strict=True):
         for number, array in zip(numbers, arrays, strict=True):
             values[number] = array
     for number in weak:

@@ -35,6 +35,7 @@ METADATA_FILE = "_METADATA"
 SHARDING_FILE = "_sharding"
 STRINGS_FILE = "_strings.json"
 ARRAY_METADATA_FOLDER = "array_metadatas"
+FIRST_ARRAY_METADATA = "process_0"
 
 _SEQUENCE_KEY, _DICT_KEY = 1, 2  # Orbax's key types; attributes and named-tuple fields count as dict keys
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_hooks.errors import CorruptCheckpointError
-from ckpt_hooks.storage import layout, slices, writer
-from ckpt_hooks.storage.memory import host_bytes
+from ckpt_hooks.storage import layout, reader, slices, writer
+from ckpt_hooks.storage.memory import aligned_memory, host_bytes
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.regions import Region, shape_of, slices_of, whole
 from ckpt_hooks.testing import damage
@@ -57,7 +57,7 @@ class Reads:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     counted, preadv = Reads(), os.preadv
 
     def counting(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
@@ -67,7 +67,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
         return got
 
     monkeypatch.setattr(os, "preadv", counting)
-    yield counted
+    return counted
 
 
 def numbers(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
@@ -191,9 +191,7 @@ def test_memory_is_bounded(tmp_path: Path, chunk_shape: tuple[int, int]) -> None
     database = Database(write_chunked(tmp_path / "i", {"a": (array, chunk_shape)}))
     del array
     held: list[int] = []
-    aligned_memory = slices.aligned_memory
     with pytest.MonkeyPatch.context() as patch:
-        import ckpt_hooks.storage.reader as reader
 
         def counting(nbytes: int) -> Any:
             held.append(nbytes)

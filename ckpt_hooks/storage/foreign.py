@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.direct import DirectValue, read_direct
 from ckpt_hooks.storage.layout import array_key
 from ckpt_hooks.storage.reader import ArrayInfo
+from ckpt_hooks.storage.regions import Region, bounding, shape_of, slices_of, whole
 from ckpt_hooks.storage.values import DatabaseValues, FileValues
 from ckpt_hooks.storage.zarr import ArrayKind
 
@@ -81,7 +83,7 @@ class ForeignArrays:
             kind = self._kinds[name]
             if kind.nbytes == 0:
                 arrays[name] = np.empty(kind.info.shape, kind.info.dtype)  # no element, so no chunk
-            elif kind.nbytes <= _SMALL_BYTES and kind.can_be_stacked:
+            elif _is_small(kind):
                 small.append(name)
             else:
                 large.append(name)
@@ -89,7 +91,25 @@ class ForeignArrays:
         for batch in self._batches(small):
             arrays |= self._read_batch(batch, memory)
         arrays |= self._read_direct(large, memory)
-        return arrays | self._read_each([name for name in large if name not in arrays], memory)
+        others = [(name, whole(self._kinds[name].info.shape)) for name in large if name not in arrays]
+        return arrays | {name: array for (name, _), array in self._read_each(others, memory).items()}
+
+    def read_regions(self, wanted: Mapping[str, Sequence[Region]]) -> dict[str, list[np.ndarray]]:
+        """Regions of arrays; beside them, no more is held than what tensorstore decodes at a time."""
+        found: dict[str, list[np.ndarray]] = {}
+        for batch in self._batches(name for name in wanted if _is_small(self._kinds[name])):
+            arrays = self._read_batch(batch, _Memory(self._kinds[name] for name in batch))
+            for name in batch:
+                found[name] = [_own_part(arrays[name], region) for region in wanted[name]]
+        sources = {name: _sources(wanted[name]) for name in wanted if name not in found}
+        entire = [name for name, (first, *_) in sources.items() if first == whole(self._kinds[name].info.shape)]
+        read = {(name, whole(array.shape)): array for name, array in self.read(entire).items()}
+        cut = [(name, region) for name in sources if name not in entire for region in dict.fromkeys(sources[name])]
+        read |= self._read_each(cut, _Memory(()))
+        for name, regions in sources.items():
+            pairs = zip(regions, wanted[name], strict=True)
+            found[name] = [_part(read[name, source], source, region) for source, region in pairs]
+        return found
 
     # -------------------------------------------------------------- metadata
 
@@ -159,7 +179,8 @@ class ForeignArrays:
             for kind, members in kinds.items():
                 arrays |= self._read_stack(kind, members, values, memory)
         except _ERRORS:
-            return self._read_each(names, memory)  # says which of them it is
+            each = [(name, whole(self._kinds[name].info.shape)) for name in names]
+            return {name: array for (name, _), array in self._read_each(each, memory).items()}  # says which it is
         return arrays
 
     def _read_stack(
@@ -196,23 +217,23 @@ class ForeignArrays:
         good = read_direct(self._directory, values)
         return {name: value.target for name, value in values.items() if name in good}
 
-    def _read_each(self, names: Sequence[str], memory: _Memory) -> dict[str, np.ndarray]:
+    def _read_each(self, wanted: Iterable[tuple[str, Region]], memory: _Memory) -> dict[tuple[str, Region], np.ndarray]:
         arrays = {}
-        in_flight: collections.deque[tuple[str, Any]] = collections.deque()
+        in_flight: collections.deque[tuple[str, int, Any]] = collections.deque()
         in_flight_bytes = 0
-        for name in names:
+        for name, region in wanted:
             kind = self._kinds[name]
-            while len(in_flight) >= _MIN_IN_FLIGHT and in_flight_bytes + kind.nbytes > _IN_FLIGHT_BYTES:
-                finished, future = in_flight.popleft()
+            array = arrays[name, region] = memory.region(kind, region)
+            while len(in_flight) >= _MIN_IN_FLIGHT and in_flight_bytes + array.nbytes > _IN_FLIGHT_BYTES:
+                finished, nbytes, future = in_flight.popleft()
                 with self._naming(finished):
                     future.result()
-                in_flight_bytes -= self._kinds[finished].nbytes
-            arrays[name] = memory.rows(1, kind)[0, ...]
+                in_flight_bytes -= nbytes
             with self._naming(name):
                 store = self._store + array_key(name, "").decode()
-                in_flight.append((name, self._start_read(kind.metadata, store, arrays[name])))
-            in_flight_bytes += kind.nbytes
-        for name, future in in_flight:
+                in_flight.append((name, array.nbytes, self._start_read(kind.metadata, store, array, region)))
+            in_flight_bytes += array.nbytes
+        for name, _, future in in_flight:
             with self._naming(name):
                 future.result()
         return arrays
@@ -223,8 +244,10 @@ class ForeignArrays:
         spec = {"driver": "ocdbt", "base": self._files, "cache_pool": "cache_pool#ocdbt"}
         return self._ts.KvStore.open(spec if self._use_ocdbt else self._files, context=self._context).result()
 
-    def _start_read(self, metadata: Mapping[str, Any], store: Any, target: np.ndarray) -> Any:
-        """A future of `target` being filled with the array whose chunks are in `store`."""
+    def _start_read(
+        self, metadata: Mapping[str, Any], store: Any, target: np.ndarray, region: Region | None = None
+    ) -> Any:
+        """A future of `target` being filled with the array (or a region of it) whose chunks are in `store`."""
         spec = {
             "driver": self._driver,
             "metadata": metadata,
@@ -233,7 +256,10 @@ class ForeignArrays:
         }
         # With its metadata known, an open reads nothing.
         array = self._ts.open(spec, kvstore=store, read=True, open=True, assume_metadata=True, context=self._context)
-        return self._ts.array(target).write(array.result())
+        source = array.result()
+        if region:
+            source = source[slices_of(region)][self._ts.d[:].translate_to[0]]
+        return self._ts.array(target).write(source)
 
     @contextlib.contextmanager
     def _naming(self, name: str) -> Iterator[None]:
@@ -263,6 +289,38 @@ class _Memory:
         self._expected_nbytes -= nbytes
         rows = part.reshape(num, -1)[:, : kind.nbytes]
         return rows.view(kind.info.dtype).reshape(num, *kind.info.shape)
+
+    def region(self, kind: ArrayKind, region: Region) -> np.ndarray:
+        """Memory of a region of one array; a part has its own, so that it can be given back alone."""
+        if region == whole(kind.info.shape):
+            return self.rows(1, kind)[0, ...]
+        shape, dtype = shape_of(region), kind.info.dtype
+        return _aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+def _is_small(kind: ArrayKind) -> bool:
+    return 0 < kind.nbytes <= _SMALL_BYTES and kind.can_be_stacked
+
+
+def _sources(regions: Sequence[Region]) -> list[Region]:
+    """For each region, the one that is read for it: their common box where they fill it, so that no chunk is decoded
+    several times."""
+    box = bounding(regions)
+    fills = math.prod(shape_of(box)) <= sum(math.prod(shape_of(region)) for region in regions)
+    return [box] * len(regions) if fills else list(regions)
+
+
+def _part(array: np.ndarray, source: Region, region: Region) -> np.ndarray:
+    """A region of what was read of `source`."""
+    index: Any = (*slices_of(region, within=source), ...)
+    part: np.ndarray = array[index]
+    return part
+
+
+def _own_part(array: np.ndarray, region: Region) -> np.ndarray:
+    """A region of an array; where that is not all of it, in memory of its own."""
+    everything = whole(array.shape)
+    return array if region == everything else _part(array, everything, region).copy()
 
 
 def _row_nbytes(kind: ArrayKind) -> int:

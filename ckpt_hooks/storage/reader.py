@@ -140,8 +140,8 @@ class Database:
                 array = _empty(shape_of(region), stored.info.dtype)
                 arrays.append(array)
                 for overlap in cut:
-                    target = array[(*overlap.in_region, ...)]  # a view, also of an array without axes
-                    parts.append(_Part(stored, self._chunk(name, overlap), overlap.in_chunk, target))
+                    index: Any = (*overlap.in_region, ...)  # with them it is a view, also of an array without axes
+                    parts.append(_Part(stored, self._chunk(name, overlap), overlap.in_chunk, array[index]))
         numbers = np.array([number for *_, number in chunks], np.int64)
         values = self._read_chunks([stored for _, _, stored, _ in chunks], numbers)
         for (name, place, stored, _), (memory, offset) in zip(chunks, values, strict=True):

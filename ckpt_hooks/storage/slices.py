@@ -42,7 +42,8 @@ class Slice(NamedTuple):
     def stop(self) -> int:
         """Where the last one ends."""
         steps = zip(self.target.shape, self.strides, strict=True)
-        return self.start + sum([(n - 1) * stride for n, stride in steps]) + self.target.itemsize
+        span: int = sum([(n - 1) * stride for n, stride in steps])
+        return self.start + span + int(self.target.itemsize)
 
     @classmethod
     def of_chunk(cls, start: int, chunk_shape: Sequence[int], part: Sequence[slice], target: np.ndarray) -> Slice:
