@@ -248,7 +248,7 @@ def _read_json(path: str, holding: bytes = b"") -> Any:
         with open(path, "rb") as file:
             content = file.read()
         return json.loads(content) if holding in content else None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:  # also UnicodeDecodeError
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from error

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import serialization
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ckpt_hooks
@@ -41,6 +42,7 @@ MESHES: dict[str, tuple[tuple[int, ...], slice, Specs]] = {
     "backwards": ((8,), slice(None, None, -1), (("x",), ("x",))),
     "the last of 8": ((1,), slice(7, 8), (("x",), ())),
 }
+FLAX_LEAVES = ("kernel", "bias", "count")
 ONE_DEVICE, NUMPY, ABSTRACT = "one device", "NumPy", "no shardings"
 
 PAIRS = [
@@ -195,6 +197,15 @@ def cast_and_renamed(folder: Path) -> None:
     np.testing.assert_array_equal(np.asarray(restored["v"]), values()["kernel"].astype(jax.numpy.bfloat16))
 
 
+def flax_file(folder: Path) -> None:
+    """What Flax wrote into one file is spread over devices, and goes to one where nothing is asked for."""
+    path = folder / "weights.msgpack"
+    path.write_bytes(serialization.to_bytes({leaf: np.asarray(values()[leaf], copy=True) for leaf in FLAX_LEAVES}))
+    check(ckpt_hooks.restore(path, {leaf: target("2 x 4", leaf) for leaf in FLAX_LEAVES}), "2 x 4", "")
+    abstract = ckpt_hooks.restore(path, {leaf: target(ABSTRACT, leaf) for leaf in FLAX_LEAVES})
+    assert abstract["kernel"].devices() == {jax.devices()[0]}
+
+
 def devices_that_are_not_here(folder: Path) -> None:
     """Where the saved devices are not here and nothing is asked for, all goes to one, and a log line says so."""
     with ckpt_hooks.CheckpointManager(folder / "elsewhere") as manager:
@@ -227,7 +238,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         found = cases(folder)
-        for more in (cast_and_renamed, devices_that_are_not_here):
+        for more in (cast_and_renamed, flax_file, devices_that_are_not_here):
             found[more.__name__] = functools.partial(more, folder)
         for name, case in found.items():
             try:

@@ -11,7 +11,7 @@ Neither Flax nor msgpack is imported before the first such file is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ckpt_hooks.errors import CorruptCheckpointError, UnsupportedLeafError
 from ckpt_hooks.handlers.pytree import StandardRestoreArgs
 from ckpt_hooks.loading import NO_TARGET, SavedTree
 from ckpt_hooks.storage.reader import ArrayInfo
+from ckpt_hooks.storage.regions import Region, slices_of
 from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["PREFIX", "FlaxFileHandler", "flax_path", "is_flax_checkpoint", "is_flax_file"]
@@ -106,6 +107,18 @@ class _Arrays:
         spread = {name: self._elsewhere[name] for name in names if name in self._elsewhere}
         if spread:
             read = self._spread.read(spread.values())
+            found |= {name: read[inner] for name, inner in spread.items()}
+        return found
+
+    def read_regions(self, wanted: Mapping[str, Sequence[Region]]) -> dict[str, list[np.ndarray]]:
+        """Regions of arrays, copied too."""
+        found: dict[str, list[np.ndarray]] = {}
+        for name in wanted.keys() & self._arrays.keys():
+            indices: list[Any] = [(*slices_of(region), ...) for region in wanted[name]]
+            found[name] = [self._arrays[name][index].copy() for index in indices]
+        spread = {name: self._elsewhere[name] for name in wanted if name in self._elsewhere}
+        if spread:
+            read = self._spread.read_regions({inner: wanted[name] for name, inner in spread.items()})
             found |= {name: read[inner] for name, inner in spread.items()}
         return found
 
