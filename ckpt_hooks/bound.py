@@ -7,6 +7,7 @@ from typing import Any
 
 from ckpt_hooks.errors import InvalidArgumentTypeError
 from ckpt_hooks.graph_objects import is_graph_object
+from ckpt_hooks.requested import check_names
 
 __all__ = ["BoundHook"]
 
@@ -32,6 +33,7 @@ class BoundHook:
     def __init__(
         self, hook: Callable[..., bool], state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]
     ) -> None:
+        check_names(items)
         if not callable(state) and not is_graph_object(state):
             raise InvalidArgumentTypeError(
                 "bind() takes a function that returns the state, as in bind(lambda: state); a "

@@ -14,6 +14,7 @@ import numpy as np
 
 from ckpt_hooks import processes
 from ckpt_hooks.bound import BoundHook
+from ckpt_hooks.changes import Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS
 from ckpt_hooks.errors import (
     CheckpointError,
@@ -30,7 +31,9 @@ from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
 from ckpt_hooks.primary_clock import PrimaryClock
 from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.requested import check_names
 from ckpt_hooks.temporary_paths import FileOptions
+from ckpt_hooks.train_state import parts_of
 from ckpt_hooks.triggers import Triggers, check_step
 
 __all__ = ["CheckpointHook"]
@@ -195,6 +198,8 @@ class CheckpointHook:
         return self._clock.has_come(self._next_secs)
 
     def _save(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
+        if items:
+            check_names(items)  # or `force` would go through
         # Before the save: one that fails is tried again at the next trigger, not at the next step.
         if self._next_step <= step:
             self._next_step = next(self._marks)
@@ -260,40 +265,56 @@ class CheckpointHook:
         """The step that was restored, 0 for a fresh start."""
         return self._start_step
 
-    def restore(self, state: Any, **items: Any) -> Any:
+    def restore(
+        self,
+        state: Any,
+        *,
+        items: Iterable[str] | None = None,
+        cast: Any = False,
+        missing: Literal["error", "keep"] = "error",
+        unexpected: Literal["error", "ignore"] = "error",
+        rename: Any = None,
+        **objects: Any,
+    ) -> Any:
         """The newest checkpoint that verifies, in the structure of `state`.
 
         In an empty run it is `state` itself, with the parameters of `init_from`.
 
         Args:
           state: arrays or `jax.ShapeDtypeStruct`, with the shardings to restore into.
-          items: stateful objects, whose state is set in place.
+          items: only these parts of it, as {item: value}, or paths below them.
+          cast, missing, unexpected, rename: how the checkpoint may differ from it, as in `CheckpointManager.restore`.
+          objects: stateful objects, whose state is set in place.
 
         Raises:
+          InvalidArgumentError: (ValueError) an option that cannot be meant, or an object that has the name of one.
           StructureMismatchError: the newest checkpoint does not fit `state`.
           NoValidCheckpointError: there are checkpoints and none verifies; it never starts afresh then.
         """
+        changes = Changes.checked(cast, missing, unexpected, rename, has_target=True)
+        items = items if items is None or isinstance(items, str) else tuple(items)
+        names, _ = changes.selecting(items)
         try:
-            step, restored = self.manager.restore_with_step(state, **items)
+            step, restored = self.manager.restore_with_step(state, items=items, changes=changes, objects=objects)
         except CheckpointNotFoundError:
             if self.manager.steps():
                 raise
-            return state if self._init_from is None else self._init_from.fill(state)
+            state = state if self._init_from is None else self._init_from.fill(state)
+            return state if names is None else parts_of(state, names)
         self._start_step = self._saved_step = step
         self._follow(step)
         _log.info("resumed from step %d of %s", step, self.manager.directory)
         return restored
 
-    def restore_or_init(self, init_fn: Callable[..., Any], *args: Any, **items: Any) -> Any:
+    def restore_or_init(self, init_fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The newest checkpoint, or ``init_fn(*args)`` in an empty run.
 
         Where there is a checkpoint, `init_fn` is only evaluated abstractly: no initial state is built. Shardings
-        of a jitted `init_fn` are kept, and arguments that are not arrays reach it untouched.
+        of a jitted `init_fn` are kept, and arguments that are not arrays reach it untouched. Options and objects are
+        those of `restore`.
         """
-        if self.manager.latest_step() is None:
-            state = init_fn(*args)
-            return state if self._init_from is None else self._init_from.fill(state)
-        return self.restore(_abstract_result(init_fn, args), **items)
+        is_empty = self.manager.latest_step() is None
+        return self.restore(init_fn(*args) if is_empty else _abstract_result(init_fn, args), **options)
 
     # -------------------------------------------------------------- leaving
 
@@ -320,6 +341,7 @@ class CheckpointHook:
         if not self._asks_runtime and not started:
             started = self.manager.latest_step() != step  # its save has failed, and somebody else was told
         if started:
+            check_names(items)
             if isinstance(state, BoundHook):
                 state, metrics, metadata = state.values()
             self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)

@@ -27,7 +27,7 @@ from ckpt_hooks.item_handlers import item_handlers
 from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import read_unchanged
-from ckpt_hooks.requested import RestoreRequest
+from ckpt_hooks.requested import RestoreRequest, check_names
 from ckpt_hooks.restoring import find_problems, read_metadata, read_newest
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage import commit
@@ -132,7 +132,8 @@ class CheckpointManager:
           items: stateful objects (``get_state()``/``set_state(state)``), each an item of its own.
 
         Raises:
-          InvalidArgumentError: (ValueError) a step that is not above the newest, among others.
+          InvalidArgumentError: (ValueError) a step that is not above the newest, an object with the name of an
+            argument (`items`, `cast`, ...), among others.
           RunLockedError: another live process writes to this run.
           UnsupportedLeafError, NameCollisionError, NotSerializableError, MetricNotFoundError,
           DiskFullError, UnwritableDirectoryError: before anything is written.
@@ -143,6 +144,8 @@ class CheckpointManager:
         custom = {"step": step, "metrics": numbers}
         if metadata is not None:
             custom |= check_custom_metadata(metadata, reserved=_RESERVED)
+        if items:
+            check_names(items)
         self.wait()
         # What cannot be saved is refused here, before the run is locked, made, or cleared of damaged steps.
         run, path = self._run, epath.Path(f"{self._run.path}/{step}")
@@ -284,14 +287,20 @@ class CheckpointManager:
           NoValidCheckpointError: (CorruptCheckpointError) none verifies; the message has each one's reason.
         """
         changes = Changes.checked(cast, missing, unexpected, rename, typed, has_target=like is not None)
-        return self.restore_with_step(like, step=step, items=items, changes=changes, **objects)[1]
+        return self.restore_with_step(like, step=step, items=items, changes=changes, objects=objects)[1]
 
     def restore_with_step(
-        self, like: Any = None, *, step: Any = None, items: Any = None, changes: Changes = EXACT, **objects: Any
+        self,
+        like: Any = None,
+        *,
+        step: Any = None,
+        items: Iterable[str] | None = None,
+        changes: Changes = EXACT,
+        objects: Mapping[str, Any] | None = None,
     ) -> tuple[int, Any]:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
         self.wait()
-        request = RestoreRequest(like, items=items, changes=changes, objects=objects)
+        request = RestoreRequest(like, items=items, changes=changes, objects=objects or {})
         with Together(self._processes) as all_processes:
             if step is not None and step != "latest":
                 number = self._best_or_raise() if step == "best" else check_step(step)

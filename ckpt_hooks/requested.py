@@ -18,7 +18,25 @@ from ckpt_hooks.storage.commit import COMMIT_MARKER
 from ckpt_hooks.temporary_paths import absolute_path, is_committed
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 
-__all__ = ["RestoreRequest", "is_run", "restore"]
+__all__ = ["RestoreRequest", "check_names", "is_run", "restore"]
+
+
+# What the calls that save and restore call their own arguments: an object of that name would be taken for one.
+_RESERVED = frozenset(
+    {"cast", "changes", "force", "items", "like", "metadata", "metrics", "missing", "rename", "state", "step", "typed"}
+    | {"unexpected"}
+)
+
+
+def check_names(objects: Iterable[str]) -> None:
+    """Raises InvalidArgumentError for a keyword that cannot be the name of an object, neither now nor at a restore."""
+    taken = sorted(_RESERVED.intersection(objects))
+    if taken:
+        raise InvalidArgumentError(
+            f"{taken[0]}=: no object can have this name, which is that of an argument of another call. Rename the "
+            "keyword; or, if the argument was meant, see which call has it: a step is chosen with "
+            "hook.manager.restore(state, step=...) or hook.manager.rollback(step), force=True is for hook.save."
+        )
 
 
 class RestoreRequest:
@@ -28,6 +46,7 @@ class RestoreRequest:
     """
 
     def __init__(self, like: Any, *, items: Iterable[str] | None, changes: Changes, objects: Mapping[str, Any]) -> None:
+        check_names(objects)
         self._taken = GraphObjects(like, objects)
         self._taken.check()
         for name, value in self._taken.others.items():

@@ -196,14 +196,12 @@ class _Checkpoint:
         if self.changes.typed and asked is not None:
             raise InvalidArgumentError(f"{self.path} is one pytree, which typed=True gives whole; leave items= out")
         changes = self.changes.within("") if asked is None else self.changes.of_whole_tree(asked)
-        parts = None if asked is None or like is None else train_state.split(like)
-        if parts is not None:
-            _require_parts(asked, parts)
+        if asked is not None and like is not None:
+            train_state.parts_of(like, asked)  # raises where there are none, before anything is read
         restored = self._read_tree(StandardRestoreArgs(like, changes=changes))
         if asked is None:
             return restored
-        restored = restored if like is None else train_state.split(restored)
-        return {name: restored[name] for name in asked}
+        return {name: restored[name] for name in asked} if like is None else train_state.parts_of(restored, asked)
 
     def _read_tree(self, args: StandardRestoreArgs) -> Any:
         path = epath.Path(self.path)
@@ -295,8 +293,7 @@ class _Checkpoint:
     def parts_of(self, like: Any, asked: list[str] | None, objects: Mapping[str, Any]) -> dict[str, Any]:
         """{item: the part of `like` that it is restored into}."""
         parts = train_state.split(like)
-        wanted = parts if asked is None else {name: parts[name] for name in asked if name in parts}
-        _require_parts(asked, parts)
+        wanted = parts if asked is None else train_state.parts_of(like, asked)
         saved = self.changes.saved_items(wanted)
         missing = [name for name, part in wanted.items() if saved[name] not in self.saved and _has_leaves(part)]
         if missing:
@@ -318,12 +315,6 @@ class _Checkpoint:
             )
         for name in missing:
             self.changes.within(name).wanted(tree.named_leaves(wanted[name]), {})  # raises where there is none to keep
-
-
-def _require_parts(asked: Iterable[str] | None, parts: Mapping[str, Any]) -> None:
-    absent = [name for name in asked or () if name not in parts]
-    if absent:
-        raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
 
 
 def _has_leaves(part: Any) -> bool:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from ckpt_hooks.equinox_modules import is_module
-from ckpt_hooks.errors import InvalidArgumentError
+from ckpt_hooks.errors import InvalidArgumentError, ItemNotFoundError
 
-__all__ = ["WHOLE", "PureState", "join", "split"]
+__all__ = ["WHOLE", "PureState", "join", "parts_of", "split"]
 
 WHOLE = "state"  # the item of a state that has no named parts
 
@@ -52,6 +52,19 @@ def split(state: Any) -> dict[str, Any]:
     """
     parts = _named_parts(state)
     return {WHOLE: state} if parts is None else parts
+
+
+def parts_of(state: Any, names: Sequence[str]) -> dict[str, Any]:
+    """{item: its part} of those with these names. Raises ItemNotFoundError where there are none.
+
+    >>> parts_of({"params": {"w": 1.0}, "step": 7}, ["step"])
+    {'step': 7}
+    """
+    parts = split(state)
+    absent = [name for name in names if name not in parts]
+    if absent:
+        raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
+    return {name: parts[name] for name in names}
 
 
 def join(like: Any, parts: Mapping[str, Any]) -> Any:
