@@ -49,7 +49,7 @@ def test_a_hook_restores_in_another_dtype(run: Path) -> None:
 
 def test_a_hook_restores_what_has_changed(run: Path) -> None:
     """rename=, missing= and unexpected=, as in a manager, also in restore_or_init."""
-    like = {"params": {"kernel": np.zeros(3, np.float32), "new": np.ones(1)}, "count": 0}
+    like: dict[str, Any] = {"params": {"kernel": np.zeros(3, np.float32), "new": np.ones(1)}, "count": 0}
     expected = {"params": {"kernel": make_state(5)["params"]["w"], "new": np.ones(1)}, "count": 5}
     options: dict[str, Any] = {
         "rename": {"params/w": "params/kernel"},
@@ -155,10 +155,11 @@ def test_what_a_hook_does_not_take_does_not_leak_through(tmp_path: Path, save: S
 @pytest.mark.parametrize("name", ["changes", "force", "metadata", "metrics", "state"])
 def test_a_name_that_was_never_saved_is_refused_at_the_restore(run: Path, name: str) -> None:
     """Where an object of it would be taken for an argument of the save."""
+    objects: dict[str, Any] = {name: Counter()}
     with pytest.raises(InvalidArgumentError, match=f"{name}=: no object"):
-        CheckpointManager(run).restore(make_state(), **{name: Counter()})
+        CheckpointManager(run).restore(make_state(), **objects)
     with pytest.raises(InvalidArgumentError, match=f"{name}=: no object"):
-        ckpt_hooks.restore(run / "5", make_state(), **{name: Counter()})
+        ckpt_hooks.restore(run / "5", make_state(), **objects)
 
 
 def test_parts_of_the_state_may_have_these_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

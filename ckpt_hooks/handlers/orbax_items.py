@@ -85,6 +85,9 @@ class _Renamed:
     def read(self, names: Any) -> dict[str, Any]:
         return {name: self._arrays.read([ARRAY_NAME])[ARRAY_NAME] for name in names}
 
+    def read_regions(self, wanted: Any) -> dict[str, Any]:
+        return {name: self._arrays.read_regions({ARRAY_NAME: wanted[name]})[ARRAY_NAME] for name in wanted}
+
 
 def _open(directory: str) -> tuple[SavedTree, dict[str, Any] | None]:
     """The tree of an item, and what is recorded of the kind of key; None for an array."""
