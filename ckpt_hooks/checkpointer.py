@@ -21,17 +21,12 @@ from etils import epath
 
 from ckpt_hooks import events, processes
 from ckpt_hooks.agreement import OperationBarriers, Together
+from ckpt_hooks.claims import save_claim
 from ckpt_hooks.errors import InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
 from ckpt_hooks.loud_exit import untold
-from ckpt_hooks.metadata import (
-    METADATA_FILE,
-    MetadataStore,
-    StepMetadata,
-    check_custom_metadata,
-    metadata_store,
-)
+from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, check_custom_metadata, metadata_store
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
 from ckpt_hooks.storage import commit
@@ -116,6 +111,7 @@ class Checkpointer:
         self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
         of_items = getattr(self._handler, "item_handler_names", None)  # a composite has one for each item
         self._handler_names = of_items or functools.partial(recorded_name, self._handler)
+        getattr(self._handler, "take_part", lambda options: None)(together)
         self.failure: SaveFailedError | None = None
         events.record_event(events.CHECKPOINTER_INIT)
 
@@ -193,7 +189,8 @@ class Checkpointer:
                 check_destination(final, self._temporary_path_class, force=force)
             staged = args if isinstance(args, StagedSave) else self.stage(args)
             staged_secs = time.perf_counter()
-            self._create(temporary, final, staged.nbytes, operation, staged.claim)
+            claim = "" if self._is_alone else save_claim(save, staged.claim, self._multiprocessing_options)
+            self._create(temporary, final, staged.nbytes, operation, claim)
             if staged.begin is not None:
                 staged.begin(temporary.get())
             if self._goes_on and staged.detach is not None:
@@ -207,13 +204,14 @@ class Checkpointer:
         return save
 
     def _create(self, temporary: TemporaryPath, final: epath.Path, nbytes: int, operation: int, claim: str) -> None:
-        self._barrier("create_tmp_directory:pre", operation, f"{final} {claim}")
+        self._barrier("create_tmp_directory:pre", operation, claim)
         if self._is_primary:
             require_free_bytes(os.fspath(final), nbytes)
             temporary.create()
-        self._barrier("create_tmp_directory:post", operation)
+        told = "" if self._is_alone else temporary.token()
+        token = self._barrier("create_tmp_directory:post", operation, told=told)
         if not self._is_primary:
-            temporary.join()
+            temporary.join(token)
 
     def _complete(self, save: _Save, written: str, committed: str) -> None:
         """Everything after the state has been taken, to the commit."""

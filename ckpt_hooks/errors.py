@@ -28,6 +28,7 @@ what was found and what to do::
         ├── BarrierTimeoutError         TimeoutError       a process did not arrive in time
         ├── OtherProcessError           RuntimeError       another process has failed; which and why
         ├── ProcessesDisagreeError      ValueError         processes that act together were not given the same
+        ├── NotSharedError              FileNotFoundError  processes that share a checkpoint see different directories
         └── SaveFailedError             RuntimeError       a background save failed; see ``__cause__``
 
     SystemExit
@@ -57,6 +58,7 @@ __all__ = [
     "NameCollisionError",
     "NoValidCheckpointError",
     "NotSerializableError",
+    "NotSharedError",
     "OtherProcessError",
     "Preempted",
     "ProcessesDisagreeError",
@@ -178,6 +180,10 @@ class OtherProcessError(CheckpointError, RuntimeError):
 
 class ProcessesDisagreeError(CheckpointError, ValueError):
     """Processes that save or restore together were not given the same; the message names them."""
+
+
+class NotSharedError(CheckpointError, FileNotFoundError):
+    """The directory of a checkpoint of several processes is not the same one for all of them."""
 
 
 class SaveFailedError(CheckpointError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from ckpt_hooks import tree
 from ckpt_hooks.errors import UnsupportedLeafError
-from ckpt_hooks.storage.layout import ArraySpec
+from ckpt_hooks.processes import ALONE, Writers
+from ckpt_hooks.storage.layout import SMALL_CHUNK_BYTES, ArraySpec
 
 __all__ = [
     "DELETED",
@@ -92,10 +94,10 @@ def is_prng_key(value: Any) -> bool:
 # ------------------------------------------------------------------ describing
 
 
-def describe_leaf(name: str, leaf: Any) -> LeafPlan:
-    """Raises UnsupportedLeafError, naming the leaf, for what no checkpoint can hold."""
+def describe_leaf(name: str, leaf: Any, writers: Writers = ALONE) -> LeafPlan:
+    """Raises UnsupportedLeafError, naming the leaf, for what no checkpoint can hold, or not one of these writers."""
     if isinstance(leaf, jax.Array):
-        return _describe_jax_array(name, leaf)
+        return _describe_jax_array(name, leaf, writers)
     if isinstance(leaf, np.ndarray | np.generic):
         return LeafPlan("np.ndarray", ArraySpec.whole(name, leaf.shape, _storable(name, leaf.dtype)))
     if isinstance(leaf, str):
@@ -130,24 +132,63 @@ def _storable(name: str, dtype: np.dtype) -> np.dtype:
     )
 
 
-def _describe_jax_array(name: str, leaf: jax.Array) -> LeafPlan:
+def _describe_jax_array(name: str, leaf: jax.Array, writers: Writers) -> LeafPlan:
     if leaf.is_deleted():
         raise UnsupportedLeafError(f"{name or 'the state'}: {DELETED}")
+    if len(writers.indexes) > 1 and leaf.is_fully_addressable:
+        raise UnsupportedLeafError(f"{name or 'the state'}: {_host_local(leaf, writers)}")
     key_impl = str(jax.random.key_impl(leaf)) if is_prng_key(leaf) else None
     data = leaf if key_impl is None else jax.random.key_data(leaf)
     dtype = _storable(name, np.dtype(data.dtype))
     sharding = sharding_to_json(data.sharding)
     if data.is_fully_replicated or 0 in data.shape:
+        # One that is on one device is written as it is by the only writer that there is.
         is_buffer = key_impl is None and data.size > 0 and dtype.isbuiltin == 1 and len(data.sharding.device_set) == 1
         array = ArraySpec.whole(name, data.shape, dtype)
+        if writers is not ALONE and array.grid:
+            array = _owned(array, dict.fromkeys(data.sharding.device_set, array.grid[0]), writers)
         return LeafPlan("jax.Array", array, False, key_impl, sharding, is_buffer and is_on_host(data))
     chunk_shape = data.sharding.shard_shape(data.shape)
-    owners: dict[tuple[int, ...], int] = {}
     regions: Mapping[Any, Any] = data.sharding.devices_indices_map(data.shape)
-    for device, region in regions.items():
-        owners.setdefault(_grid_position(region, chunk_shape), device.process_index)
-    spec = ArraySpec(name, data.shape, dtype, chunk_shape, tuple(owners), tuple(owners.values()))
-    return LeafPlan("jax.Array", spec, True, key_impl, sharding)
+    positions = {device: _grid_position(region, chunk_shape) for device, region in regions.items()}
+    array = _owned(ArraySpec(name, data.shape, dtype, chunk_shape, (), ()), positions, writers)
+    return LeafPlan("jax.Array", array, True, key_impl, sharding)
+
+
+def _owned(array: ArraySpec, positions: Mapping[Any, tuple[int, ...]], writers: Writers) -> ArraySpec:
+    """The array with an owner for each of its chunks, of which `positions` says what each device has.
+
+    Small chunks are the first writer's that has them; large ones are shared out among those that have a replica.
+    """
+    holders: dict[tuple[int, ...], set[int]] = {}
+    for device, position in positions.items():
+        ranks = holders.setdefault(position, set())
+        rank = writers.ranks.get(device.process_index)
+        if rank is not None:
+            ranks.add(rank)
+    if writers.is_local:
+        holders = {position: ranks for position, ranks in holders.items() if ranks}
+    elif not all(holders.values()):
+        elsewhere = sorted({device.process_index for device in positions} - writers.ranks.keys())
+        raise UnsupportedLeafError(
+            f"{array.name or 'the state'}: parts of this array are only in processes {elsewhere}, and those that save "
+            f"it are {sorted(writers.indexes)} (`active_processes`). Save with all that have a part of it."
+        )
+    turn = zlib.crc32(array.name.encode()) if array.chunk_nbytes > SMALL_CHUNK_BYTES else 0
+    owners = [
+        sorted(ranks)[(turn + number) % len(ranks) if turn else 0] for number, ranks in enumerate(holders.values())
+    ]
+    return dataclasses.replace(array, grid=tuple(holders), owners=tuple(owners))
+
+
+def _host_local(leaf: jax.Array, writers: Writers) -> str:
+    devices = ", ".join(sorted(map(str, leaf.sharding.device_set)))
+    return (
+        f"this jax.Array is on {devices} alone, devices of one process, and {len(writers.indexes)} processes save one "
+        "state: each may have another value here. Make it global: jax.device_put(x, NamedSharding(mesh, "
+        "PartitionSpec())) where all have the same value, or jax.make_array_from_process_local_data(sharding, x) where "
+        "each has a part. What belongs to one process alone goes into a keyword item with get_state and set_state."
+    )
 
 
 def _grid_position(region: tuple[slice, ...], chunk_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -18,7 +19,9 @@ import jax
 from ckpt_hooks.errors import InvalidArgumentError
 
 __all__ = [
+    "ALONE",
     "MultiprocessingOptions",
+    "Writers",
     "count",
     "forget",
     "index",
@@ -78,7 +81,13 @@ class MultiprocessingOptions:
         return self.primary_host is None or index() == self.primary_host
 
     def check_membership(self) -> None:
-        """Raises InvalidArgumentError in a process that `active_processes` leaves out."""
+        """Raises InvalidArgumentError in a process that `active_processes` leaves out, or for one that there is not."""
+        named = {*(self.active_processes or ()), *(() if self.primary_host is None else (self.primary_host,))}
+        if count() > 1 and not named <= set(range(count())):
+            raise InvalidArgumentError(
+                f"primary_host={self.primary_host} and active_processes={sorted(self.active_processes or ())} name "
+                f"processes that there are not; there are {count()}, from 0."
+            )
         if self.active_processes is not None and index() not in self.active_processes:
             raise InvalidArgumentError(
                 f"process {index()} is not one of active_processes={sorted(self.active_processes)}; "
@@ -88,6 +97,14 @@ class MultiprocessingOptions:
     def members(self) -> frozenset[int]:
         """The processes that take part."""
         return frozenset(range(count()) if self.active_processes is None else self.active_processes)
+
+    def writers(self) -> Writers:
+        """Those that write the checkpoints of this process."""
+        if count() == 1:
+            return ALONE
+        if self.primary_host is None:
+            return Writers((index(),), is_local=True)
+        return Writers(tuple(sorted(self.members(), key=lambda process: (process != self.primary_host, process))))
 
     def leader(self) -> int:
         """The process that answers for all at a barrier: the primary, or the first where all are."""
@@ -107,6 +124,27 @@ class MultiprocessingOptions:
         """The name of a barrier, with the prefix that was asked for."""
         prefix = self.barrier_sync_key_prefix
         return name if prefix is None else f"{prefix}_{name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Writers:
+    """The processes that write one checkpoint, in the order of their data files.
+
+    Attributes:
+      indexes: their numbers; the first one writes the index over all data files.
+      is_local: whether it is this process alone, which writes what it holds of each array into storage of its own.
+    """
+
+    indexes: tuple[int, ...] = (0,)
+    is_local: bool = False
+
+    @functools.cached_property
+    def ranks(self) -> Mapping[int, int]:
+        """{process: its place among them}."""
+        return {process: rank for rank, process in enumerate(self.indexes)}
+
+
+ALONE = Writers()  # without `jax.distributed`
 
 
 def index() -> int:

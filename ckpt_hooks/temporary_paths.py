@@ -27,6 +27,7 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.shared_directory import require_shared, token_of
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
@@ -139,8 +140,19 @@ class TemporaryPath(abc.ABC):
             self._store.write(self._temporary / METADATA_FILE, fields)
         return self._temporary
 
-    def join(self) -> epath.Path:
-        """What `create` is in a process that is not primary: the directory is there already."""
+    def token(self) -> str:
+        """What the other processes of a save have to find in the directory, once this one has created it."""
+        if not self._created or self._store is None:
+            return ""
+        self._store.wait_until_finished()
+        return token_of(os.path.join(self._temporary, METADATA_FILE))
+
+    def join(self, token: str) -> epath.Path:
+        """What `create` is in a process that is not primary: the directory is there already.
+
+        Raises NotSharedError where it is not the primary's.
+        """
+        require_shared(os.fspath(self._temporary), METADATA_FILE, token)
         self._created = True
         return self._temporary
 

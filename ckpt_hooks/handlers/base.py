@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from ckpt_hooks.errors import HandlerNotFoundError, InvalidArgumentError, InvalidArgumentTypeError
+from ckpt_hooks.processes import MultiprocessingOptions
 
 __all__ = [
     "CheckpointArgs",
@@ -92,6 +93,9 @@ class CheckpointHandler(abc.ABC):
 
     def finalize(self, directory: epath.Path) -> None:
         """Called in the primary process, when every process has written."""
+
+    def take_part(self, options: MultiprocessingOptions) -> None:
+        """Called by the checkpointer that will use this handler: which processes save together, which one commits."""
 
     def close(self) -> None:
         """Called when the checkpointer is closed."""

@@ -158,6 +158,12 @@ class CompositeCheckpointHandler(CheckpointHandler):
         self._unfinished: dict[str, TemporaryPath] = {}
         self._recorded_names: dict[str, str] = {}  # of the items that are being saved
 
+    def take_part(self, options: MultiprocessingOptions) -> None:
+        self._options = dataclasses.replace(self._options, multiprocessing_options=options)
+        for pinned in self._handlers.values():
+            if pinned is not None:
+                pinned.take_part(options)
+
     # -------------------------------------------------------------- saving
 
     def stage(self, args: CompositeArgs) -> StagedSave:
@@ -180,7 +186,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
             begin,
             functools.partial(self._detach_items, staged),
             sum([item.nbytes for item in staged.values()]),
-            claim="; ".join([f"{name}: {item.claim}" for name, item in staged.items()]),
+            claim="\n".join([f"{name}: {line}" for name, item in staged.items() for line in item.claim.splitlines()]),
         )
 
     def _begin_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
@@ -323,6 +329,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         if pinned is None or registered not in (None, pinned.handler):
             handler = registered or build_handler(get_registered_handler_cls(args))
             pinned = self._handlers[name] = _Handler(handler)
+            pinned.take_part(self._options.multiprocessing_options)
         if registered is None and type(args) not in pinned.args_classes:
             raise InvalidArgumentError(
                 f"item {name!r}: {type(args).__qualname__} does not match with any registered handler; the item is "
@@ -363,6 +370,7 @@ class _Handler:
         self.args_classes = get_registered_args_cls(handler) if has_registered_args(handler) else ()
         self.recorded_name = recorded_name(handler)
         inherited = getattr(type(handler), "finalize", None) is CheckpointHandler.finalize
+        self.take_part = getattr(handler, "take_part", lambda options: None)
         self.finalize = None if inherited else getattr(handler, "finalize", None)
 
 

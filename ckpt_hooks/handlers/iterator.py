@@ -76,6 +76,12 @@ def set_saved_state(value: Any, state: Any) -> None:
 class IteratorCheckpointHandler(CheckpointHandler):
     """Saves what ``get_state()`` returns at the moment of the save, and gives it to ``set_state`` on restore."""
 
+    def __init__(self) -> None:
+        self._is_primary = processes.MultiprocessingOptions().is_primary()
+
+    def take_part(self, options: processes.MultiprocessingOptions) -> None:
+        self._is_primary = options.is_primary()
+
     def stage(self, args: IteratorSaveArgs) -> StagedSave:
         if not is_stateful(args.item):
             raise InvalidArgumentTypeError(
@@ -90,7 +96,7 @@ class IteratorCheckpointHandler(CheckpointHandler):
 
         def write(directory: epath.Path) -> None:
             commit.write_file(os.path.join(directory, _file_name(processes.index())), text)
-            if processes.index() == 0:
+            if self._is_primary:
                 commit.write_file(os.path.join(directory, _SUMMARY_FILE), summary)
 
         return StagedSave(write, nbytes=len(text))

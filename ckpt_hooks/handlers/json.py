@@ -13,7 +13,7 @@ from etils import epath
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError, NotSerializableError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
 from ckpt_hooks.metadata import METADATA_FILE
-from ckpt_hooks.processes import index
+from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 
@@ -31,7 +31,10 @@ class JsonCheckpointHandler(CheckpointHandler):
 
     def __init__(self, filename: str = "metadata") -> None:
         self._filename = filename
-        self._is_primary = index() == 0
+        self._is_primary = MultiprocessingOptions().is_primary()
+
+    def take_part(self, options: MultiprocessingOptions) -> None:
+        self._is_primary = options.is_primary()
 
     def stage(self, args: JsonSaveArgs) -> StagedSave:
         try:

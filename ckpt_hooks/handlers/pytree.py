@@ -26,6 +26,7 @@ from etils import epath
 
 from ckpt_hooks import processes, structure, tree
 from ckpt_hooks.changes import Changes
+from ckpt_hooks.claims import structure_claim, value_claim
 from ckpt_hooks.equinox_modules import functions_in_modules
 from ckpt_hooks.errors import InvalidArgumentError, UnsupportedLeafError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSave, register_with_handler
@@ -41,8 +42,8 @@ from ckpt_hooks.leaves import (
     tree_metadata_file,
 )
 from ckpt_hooks.loading import NO_TARGET, SavedTree
+from ckpt_hooks.processes import Writers
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.checksums import digest
 from ckpt_hooks.storage.compression import CompressingWriter
 from ckpt_hooks.storage.layout import Layout
 from ckpt_hooks.storage.memory import host_bytes
@@ -95,22 +96,26 @@ class StandardCheckpointHandler(CheckpointHandler):
     def __init__(self, options: ArrayOptions | None = None) -> None:
         self._options = ArrayOptions() if options is None else options
         self._memory = HostMemory(self._options.max_host_bytes)
-        self._process, self._num_processes = processes.index(), processes.count()
         self._compresses = self._options.compression is not None
         self._writer_class = CompressingWriter if self._compresses else ArrayWriter
-        if self._compresses and self._num_processes > 1:
+        self.take_part(processes.MultiprocessingOptions())
+
+    def take_part(self, options: processes.MultiprocessingOptions) -> None:
+        self._writers = options.writers()
+        self._rank = self._writers.ranks.get(processes.index(), 0)
+        if self._compresses and len(self._writers.indexes) > 1:
             raise InvalidArgumentError("compression is for one process; with several, leave it out")
 
     def stage(self, args: StandardSaveArgs) -> StagedSave:
-        plan, leaves = Plan.of(args.item, self._num_processes, self._compresses, args.part_of)
-        sources, strings = plan.take(leaves, self._process)
-        writer = self._writer_class(plan.layout, self._process, sources)
+        plan, leaves = Plan.of(args.item, self._writers, self._compresses, args.part_of)
+        sources, strings = plan.take(leaves, self._rank)
+        writer = self._writer_class(plan.layout, self._rank, sources)
         return StagedSave(
-            functools.partial(plan.write, writer, strings, self._process),
+            functools.partial(plan.write, writer, strings, self._rank),
             detach=functools.partial(self._detach, writer),
-            nbytes=plan.layout.files[self._process].nbytes,
+            nbytes=plan.layout.files[self._rank].nbytes,
             recorded_name=plan.recorded_name,
-            claim=plan.claim,
+            claim=plan.claim_with(leaves) if plan.claim else "",
         )
 
     def _detach(self, writer: ArrayWriter, directory: epath.Path) -> None:
@@ -185,53 +190,56 @@ class Plan:
     Raises UnsupportedLeafError and NameCollisionError, before anything is written, for what cannot be.
     """
 
-    def __init__(self, item: Any, num_processes: int, compresses: bool = False, part_of: str | None = None) -> None:
+    def __init__(self, item: Any, writers: Writers, compresses: bool = False, part_of: str | None = None) -> None:
         named = tree.flatten(item)
         filled = [leaf for leaf in named if not leaf.is_empty]
         self._names = [leaf.name for leaf in filled]
         functions = functions_in_modules(item) if any(callable(leaf.value) for leaf in filled) else ()
-        self._leaves = [FUNCTION if leaf.name in functions else describe_leaf(leaf.name, leaf.value) for leaf in filled]
+        self._leaves = [
+            FUNCTION if leaf.name in functions else describe_leaf(leaf.name, leaf.value, writers) for leaf in filled
+        ]
         self._jax_arrays = [number for number, leaf in enumerate(self._leaves) if leaf.value_type == "jax.Array"]
         self._has_only_buffers = all(leaf.is_buffer for leaf in self._leaves)
         arrays = [leaf.array for leaf in self._leaves if leaf.array]
-        self.layout = Layout(arrays, num_processes, inlines=not compresses)
+        self.layout = Layout(arrays, len(writers.indexes), inlines=not compresses)
         # A part of a state that is None, and Python's complex numbers: what Orbax's StandardCheckpointHandler
         # refuses to restore, its other one does.
         is_none = [leaf.keys for leaf in named if leaf.is_empty and tree.empty_type(leaf.value) == "None"] == [()]
         is_complex = any(isinstance(leaf.value, complex) for leaf in named)
         self.recorded_name = _ORBAX_PYTREE_HANDLER if is_none or is_complex else None
-        self._is_shared = num_processes > 1
+        self._is_shared, types = len(writers.indexes) > 1, structure.metadata_of(item, part_of)
         self._array_metadata = array_metadata_file(self._leaves)
         self._primary_files = {
-            tree.METADATA_FILE: tree_metadata_file(named, self._leaves, structure.metadata_of(item, part_of)),
+            tree.METADATA_FILE: tree_metadata_file(named, self._leaves, types),
             tree.SHARDING_FILE: sharding_file(self._names, self._leaves),
         }
-        self.claim = self._claim() if self._is_shared else ""
+        is_alone = writers is processes.ALONE
+        self.claim = "" if is_alone else structure_claim(self._names, self._leaves, types, shared=self._is_shared)
 
-    def _claim(self) -> str:
-        """A few words on names, types, shapes and shardings, for the other processes to compare with theirs."""
-        dtypes = [str(leaf.array and (leaf.array.dtype, leaf.array.shape)) for leaf in self._leaves]
-        content = b"".join([*self._primary_files.values(), self._array_metadata, *map(str.encode, dtypes)])
-        return f"{len(self._leaves)} leaves of structure {digest(content):016x}"
+    def claim_with(self, leaves: Sequence[Any]) -> str:
+        """What the other processes compare with theirs, the values of those leaves included that each has by itself."""
+        if not self._is_shared:
+            return self.claim
+        return f"{self.claim}\n{value_claim(self._names, self._leaves, leaves)}".strip()
 
     @classmethod
     def of(
-        cls, item: Any, num_processes: int, compresses: bool = False, part_of: str | None = None
+        cls, item: Any, writers: Writers, compresses: bool = False, part_of: str | None = None
     ) -> tuple[Plan, Sequence[Any]]:
         """The plan of a tree, from the cache where its structure was met before, and the tree's leaves."""
         try:
             leaves, treedef = jax.tree_util.tree_flatten(item)
         except (TypeError, ValueError) as error:  # keys that cannot be sorted
             raise UnsupportedLeafError(f"the tree cannot be flattened by JAX: {error}") from error
-        key: Hashable = (treedef, num_processes, compresses, part_of, *_signatures(leaves))
+        key: Hashable = (treedef, writers, compresses, part_of, *_signatures(leaves))
         try:
             with _cache_lock:
                 plan = _cache.get(key)
         except (TypeError, ValueError):  # a node with metadata that cannot be hashed or compared
-            return cls(item, num_processes, compresses, part_of), leaves
+            return cls(item, writers, compresses, part_of), leaves
         if plan is None:
             with _collection_paused():
-                plan = cls(item, num_processes, compresses, part_of)
+                plan = cls(item, writers, compresses, part_of)
             with _cache_lock:
                 _cache[key] = plan
                 while len(_cache) > _CACHED_PLANS:
@@ -302,10 +310,8 @@ def _chunks(name: str, plan: LeafPlan, leaf: Any, process: int) -> Sequence[Any]
     if not isinstance(leaf, jax.Array):
         return [host_bytes(_as_array(name, plan.array.dtype, leaf))] if plan.array.grid and process == 0 else ()
     data = leaf if plan.key_impl is None else jax.random.key_data(leaf)
-    if plan.is_sharded:
-        arrays = shard_arrays(plan, data, process)
-    else:
-        arrays = [data] if plan.array.grid and process == 0 else []
+    held = [data] if process in plan.array.owners else []
+    arrays = shard_arrays(plan, data, process) if plan.is_sharded else held
     return [host_bytes(array) if is_on_host(array) else array for array in arrays]
 
 
