@@ -122,7 +122,8 @@ class OperationBarriers:
                 _raise(*end.split("\n", 1))
             except CheckpointError as first:
                 return first
-        line = f"process {processes.index()} failed: {type(error).__name__}: {error}"
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        line = f"process {processes.index()} failed: {type(error).__name__}: {error}{notes}"
         if processes.index() == self._leader:
             processes.publish(f"{self._key}/end", f"{_FAILED}\n{line}")
         else:

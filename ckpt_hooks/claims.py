@@ -5,6 +5,7 @@ The barrier before anything is written compares them, and an error names the lin
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +48,7 @@ def structure_claim(names: Sequence[str], leaves: Sequence[LeafPlan], types: Any
     summary = f"{len(leaves)} leaves of structure {_digest([*kinds, json.dumps(types)])}"
     lines = [summary, *(kinds if len(kinds) <= _MOST_LINES else ())]
     if shared:
-        lines += _mesh_lines({leaf.sharding for leaf in leaves})
+        lines += _mesh_lines(leaf.sharding for leaf in leaves)
         lines.append(f"shardings {_digest([str((leaf.sharding, leaf.array)) for leaf in leaves])}")
     return "\n".join(lines)
 
@@ -78,14 +79,14 @@ def _kind(leaf: LeafPlan) -> str:
 
 
 def _mesh_lines(shardings: Iterable[str | None]) -> list[str]:
-    lines = set()
-    for text in shardings:
+    counts: collections.Counter[str] = collections.Counter()
+    for text, number in collections.Counter(shardings).items():
         fields = json.loads(text) if text else {}
         if "device_mesh" in fields:
             axes = ", ".join(f"{name}={size}" for name, size in zip(fields["axis_names"], fields["shape"], strict=True))
             ids = json.dumps(fields["device_mesh"]["mesh"]).replace('{"id": ', "").replace("}", "")
-            lines.add(f"mesh({axes}) of devices {_short(ids)}")
-    return sorted(lines)
+            counts[f"mesh({axes}) of devices {_short(ids)}"] += number
+    return [f"{number} leaves on {mesh}" for mesh, number in sorted(counts.items())]
 
 
 def _quoted(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,57 @@ def test_a_barrier_timeout_is_positive(secs: float) -> None:
     """Anything else is refused when it is given."""
     with pytest.raises(ValueError, match="barrier_timeout_secs"):
         MultiprocessingOptions(barrier_timeout_secs=secs)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
+    nursery: Nursery, tmp_path: Path, count: int
+) -> None:
+    """Arrays of one process, values, dtypes, meshes and metadata that differ: leaf, process and both values."""
+    ended = nursery.run_group(together.refused, tmp_path, count)
+    last = f"process {count - 1} has"
+    words = {
+        "NumPy values": ["process 0 has params: 'scale' = NumPy array", f"{last} params: 'scale' = NumPy array"],
+        "number": ["process 0 has step: the state = 7", f"{last} step: the state = 8"],
+        "dtype": ["'scale' of np.ndarray float32[8]", "'scale' of np.ndarray float16[8]"],
+        "mesh": [f"process 0 has params: 2 leaves on mesh(x={count}, y=2)", f"1 leaves on mesh(x=2, y={count})", last],
+        "devices": [f"on mesh(x={count}, y=2) of devices [[0, 1]", last, f"of devices [[{2048 * (count - 1) + 1}, "],
+        "metadata": ['{"seed": 0, ', f'{last} custom_metadata {{"seed": 1, '],
+    }
+    if count == 2:
+        del words["mesh"]  # 2 x 2 turned is 2 x 2
+    for number, process in enumerate(ended):
+        assert process.code == 0, process.log
+        said = process.report["said"]
+        own = "UnsupportedLeafError: scale: this jax.Array is on cpu:"
+        assert said["host-local everywhere"][0].startswith(own)
+        text = said["host-local in one"][0]
+        assert text.startswith(own if number == count - 1 else f"OtherProcessError: process {count - 1} failed: {own}")
+        for name, expected in words.items():
+            text, secs = said[name]
+            assert text.startswith("ProcessesDisagreeError")
+            assert not [word for word in expected if word not in text], text
+            assert secs < 20, "told, and not found out by waiting"
+        assert all(process.report["committed"])
+        assert process.report["metrics"] == {"loss": 0}
+    good = {*range(1, 16, 2), *([10] if count == 2 else [])}
+    assert set(map(int, os.listdir(tmp_path / "run"))) == good
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_directory_that_is_not_shared_is_found_out(nursery: Nursery, tmp_path: Path, count: int) -> None:
+    """Also where there is one of the same name; the checkpoint is not committed, and nothing is left of it."""
+    *others, last = nursery.run_group(together.not_shared, tmp_path, count)
+    assert last.code == 0, last.log
+    for text, _ in last.report["said"]:
+        assert text.startswith("NotSharedError") and "primary_host=None" in text
+    assert "has another content" in last.report["said"][1][0]
+    for process in others:
+        assert process.code == 0, process.log
+        for text, secs in process.report["said"]:
+            assert f"process {count - 1} failed: NotSharedError" in text
+            assert secs < 20
+        assert process.report["here"] == []

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ckpt_hooks
-from ckpt_hooks import processes
+from ckpt_hooks import processes, shared_directory
 
 
 def mesh() -> Mesh:
@@ -106,3 +108,53 @@ def absent(folder: Path) -> Any:
             reports.append(error_of(lambda: manager.save(1, state_at(1))))
     wait_for_all("over")
     return reports
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def refused(folder: Path) -> Any:
+    """{what is wrong: what a save says of it}; a good save after each shows that nothing was broken by it."""
+    is_last = jax.process_index() == jax.process_count() - 1
+    good = state_at(7)
+
+    def with_leaf(leaf: Any) -> dict[str, Any]:
+        return {**good, "params": {**good["params"], "scale": leaf}}
+
+    values = np.full(8, 3, np.float32)
+    turned = Mesh(np.array(jax.devices()).reshape(2, -1), ("x", "y"))
+    reordered = Mesh(np.array(jax.devices()[::-1]).reshape(-1, 2), ("x", "y"))
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "host-local everywhere": (with_leaf(jnp.asarray(values)), {}),
+        "host-local in one": (with_leaf(jnp.asarray(values)) if is_last else good, {}),
+        "NumPy values": (with_leaf(values + is_last), {}),
+        "number": ({**good, "step": 7 + is_last}, {}),
+        "dtype": (with_leaf(values.astype(np.float16 if is_last else np.float32)), {}),
+        "mesh": (with_leaf(global_array(values, PartitionSpec("x"), turned if is_last else mesh())), {}),
+        "devices": (with_leaf(global_array(values, PartitionSpec("x"), reordered if is_last else mesh())), {}),
+        "metadata": (good, {"metadata": {"seed": int(is_last)}}),
+    }
+    said, committed = {}, []
+    with ckpt_hooks.CheckpointManager(folder / "run", keep=None, timeout_secs=60) as manager:
+        for step, (name, (state, options)) in enumerate(cases.items()):
+            said[name] = error_of(lambda: manager.save(2 * step, state, **options))  # noqa: B023
+            manager.save(2 * step + 1, good, metrics={"loss": jax.process_index()})  # each may have its own
+            manager.wait()
+            committed.append(manager.latest_step() == 2 * step + 1)
+    return {"said": said, "committed": committed, "metrics": manager.metadata(1).metrics}
+
+
+def not_shared(folder: Path) -> Any:
+    """A directory of the same name in every process that is another one in the last."""
+    shared_directory._SEEN_WITHIN_SECS = 1.0
+    own = folder / ("elsewhere" if jax.process_index() == jax.process_count() - 1 else "here")
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
+    said = []
+    for leftover in (False, True):
+        if leftover and own.name == "elsewhere":  # of the same name as what the primary makes
+            (own / "run" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+        with ckpt_hooks.CheckpointManager("/proc/self/cwd/run", timeout_secs=60, async_save=False) as manager:
+            said.append(error_of(lambda: manager.save(1, state_at(1))))
+        wait_for_all(f"told {leftover}")
+    return {"said": said, "here": sorted(os.listdir(folder / "here" / "run"))}
