@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 from ckpt_hooks import events, processes
@@ -26,6 +26,8 @@ _LONGEST_PAUSE_SECS = 0.05
 _GOES_ON, _FAILED, _DISAGREES, _IS_LATE = "go on", "failed", "disagrees", "late"
 _GRACE_SECS = 5.0  # for the leader's answer to reach a process that began to wait before the leader did
 _MAX_NAMED = 20  # processes in a message
+
+_Judge = Callable[[Mapping[int, str]], tuple[str, str]]  # {process: what it said}, but for the leader, to an answer
 
 
 class Together:
@@ -90,9 +92,31 @@ class OperationBarriers:
           OtherProcessError: (RuntimeError) one of them has failed, and says why.
           ProcessesDisagreeError: (ValueError) names those whose claim is not the leader's, and where they differ.
         """
+
+        def judge(claims: Mapping[int, str]) -> tuple[str, str]:
+            dispute = _dispute(self._leader, claim, claims)
+            return (_DISAGREES, dispute) if dispute else (_GOES_ON, told)
+
+        return self._pass(name, claim, judge)
+
+    def consult(self, name: str, said: str, decide: Callable[[Mapping[int, str]], str]) -> str:
+        """What the leader decides, from what each process has said; every process has to be here.
+
+        Args:
+          name: of the barrier, within the operation.
+          said: what this process has to say.
+          decide: {process: what it said} to the decision; called in the leader alone.
+
+        Raises what `meet` raises.
+        """
+        return self._pass(name, said, lambda others: (_GOES_ON, decide({processes.index(): said, **others})))
+
+    def _pass(self, name: str, said: str, judge: _Judge) -> str:
         start_secs = time.perf_counter()
-        if len(self._members) > 1:
-            told = self._answer(name, claim, told) if processes.index() == self._leader else self._ask(name, claim)
+        if len(self._members) == 1:
+            _, told = judge({})
+        else:
+            told = self._answer(name, judge) if processes.index() == self._leader else self._ask(name, said)
         events.record_duration_secs(
             events.BARRIER_SECS, time.perf_counter() - start_secs, key=self._event_key.format(name)
         )
@@ -132,16 +156,15 @@ class OperationBarriers:
 
     # -------------------------------------------------------------- the leader
 
-    def _answer(self, name: str, claim: str, told: str) -> str:
-        kind, text = self._gather(name, claim)
-        text = told if kind == _GOES_ON else text
+    def _answer(self, name: str, judge: _Judge) -> str:
+        kind, text = self._gather(name, judge)
         processes.publish(f"{self._key}/answer/{name}", f"{kind}\n{text}")
         if kind != _GOES_ON:
             processes.publish(f"{self._key}/end", f"{kind}\n{text}")
         _raise(kind, text)
-        return told
+        return text
 
-    def _gather(self, name: str, claim: str) -> tuple[str, str]:
+    def _gather(self, name: str, judge: _Judge) -> tuple[str, str]:
         """What to answer: (kind, text)."""
         deadline, pause_secs = time.monotonic() + self._timeout_secs, _FIRST_PAUSE_SECS
         others = self._members - {processes.index()}
@@ -151,8 +174,7 @@ class OperationBarriers:
                 return _FAILED, _some(list(failures.values()), "; ")
             claims = {int(process): said for process, said in processes.published(f"{self._key}/at/{name}/").items()}
             if others <= claims.keys():
-                dispute = _dispute(processes.index(), claim, claims)
-                return (_DISAGREES, dispute) if dispute else (_GOES_ON, "")
+                return judge(claims)
             if time.monotonic() > deadline:
                 return _IS_LATE, self._missing(name, sorted(others - claims.keys()))
             time.sleep(pause_secs)

@@ -297,7 +297,7 @@ class CheckpointHook:
         try:
             step, restored = self.manager.restore_with_step(state, items=items, changes=changes, objects=objects)
         except CheckpointNotFoundError:
-            if self.manager.steps():
+            if not self.manager.is_empty():
                 raise
             state = state if self._init_from is None else self._init_from.fill(state)
             return state if names is None else parts_of(state, names)
@@ -313,7 +313,7 @@ class CheckpointHook:
         of a jitted `init_fn` are kept, and arguments that are not arrays reach it untouched. Options and objects are
         those of `restore`.
         """
-        is_empty = self.manager.latest_step() is None
+        is_empty = self.manager.is_empty()
         return self.restore(init_fn(*args) if is_empty else _abstract_result(init_fn, args), **options)
 
     # -------------------------------------------------------------- leaving

@@ -75,7 +75,7 @@ class InitFrom:
 
     def _from_run(self, path: str, state: Any) -> Any:
         with CheckpointManager(path) as manager:
-            if manager.latest_step() is None:
+            if manager.is_empty():
                 raise CheckpointNotFoundError(f"init_from: {path} has no checkpoint to begin with")
             found, parts = manager.restore_with_step(state, step=self.step, items=self.items, changes=self._changes())
         _log.info("%s begin as they were at step %d of %s", sorted(parts), found, path)

@@ -16,6 +16,7 @@ from ckpt_hooks import events, processes, retention, train_state
 from ckpt_hooks.agreement import OperationBarriers, Together
 from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
+from ckpt_hooks.choosing import is_empty, read_chosen
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, explain_os_error
 from ckpt_hooks.graph_objects import NNX, GraphObjects
 from ckpt_hooks.handlers.base import CheckpointArgs
@@ -28,7 +29,7 @@ from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_num
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.requested import RestoreRequest, check_names
-from ckpt_hooks.restoring import find_problems, read_metadata, read_newest
+from ckpt_hooks.restoring import find_problems, read_metadata
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage import commit
 from ckpt_hooks.structure import describe_state
@@ -301,14 +302,12 @@ class CheckpointManager:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
         self.wait()
         request = RestoreRequest(like, items=items, changes=changes, objects=objects or {})
-        with Together(self._processes) as all_processes:
-            if step is not None and step != "latest":
-                number = self._best_or_raise() if step == "best" else check_step(step)
-                restored, states = request.read(self._run.require(number))
-            else:
-                number, (restored, states) = read_newest(self._run, request.read)
-            all_processes.claim = f"restored step {number}"
+        asked = None if step is None or step == "latest" else functools.partial(self._number_of, step)
+        number, (restored, states) = read_chosen(self._run, asked, request.read, self._processes)
         return number, request.deliver(restored, states)
+
+    def _number_of(self, step: Any) -> int:
+        return self._best_or_raise() if step == "best" else check_step(step)
 
     def _best_or_raise(self) -> int:
         best = self.best_step()
@@ -317,6 +316,11 @@ class CheckpointManager:
         return best
 
     # -------------------------------------------------------------- asking
+
+    def is_empty(self) -> bool:
+        """Whether the run has no checkpoint. Every process has to ask, and is told what the primary finds."""
+        self._raise_failure()
+        return is_empty(self._run, self._processes)
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from etils import epath
@@ -15,6 +16,7 @@ from etils import epath
 from ckpt_hooks import events, structure, train_state, tree
 from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     ClassNotFoundError,
     HandlerNotFoundError,
@@ -39,7 +41,15 @@ from ckpt_hooks.run import METRICS_ITEM, OvertakenError, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_temporary
 
-__all__ = ["find_problems", "read_metadata", "read_newest", "restore_checkpoint"]
+__all__ = [
+    "Rejected",
+    "find_problems",
+    "nothing_left",
+    "read_metadata",
+    "read_newest",
+    "read_or_reject",
+    "restore_checkpoint",
+]
 
 _T = TypeVar("_T")
 
@@ -75,34 +85,56 @@ def _read_newest_listed(run: RunDirectory, read: Callable[[str], _T]) -> tuple[i
         with contextlib.closing(Watch(path)) as watch:
             if step != next((other for other in run.newest_first() if other not in rejected), None):
                 raise OvertakenError  # so it may be another one that is watched, and not the newest when it came
-            try:
-                restored = read(path)
-            except _NOT_DAMAGE:
-                raise
-            except Exception as error:  # another library's damage comes in every class
-                if not watch.is_in_place():
-                    raise OvertakenError from error
-                if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-                _log.error("step %d of %s is rejected: %s", step, run.path, reason)
-                events.record_event(events.READ_REJECTED, step=step)
-                rejected[step] = reason
-                continue
-            if not watch.is_gone() and not watch.is_in_place():
-                raise OvertakenError  # what was read took the place of the newest, and newer ones may not have gone yet
+            restored = read_or_reject(run, step, functools.partial(read, path), watch)
+        if isinstance(restored, Rejected):
+            rejected[step] = restored.reason
+            continue
         run.reject(rejected)
         if rejected:
             _log.warning("step %d of %s is restored instead of %s", step, run.path, sorted(rejected))
         return step, restored
+    raise nothing_left(run, rejected)
+
+
+class Rejected(NamedTuple):
+    """A checkpoint that does not verify."""
+
+    reason: str
+
+
+def read_or_reject(run: RunDirectory, step: int, read: Callable[[], _T], watch: Watch) -> _T | Rejected:
+    """What `read` makes of a step, which `watch` has watched since it was the newest; a rejected one is logged.
+
+    Raises OvertakenError where a writer has put another one in its place, and whatever `read` raises that is no damage.
+    """
+    try:
+        restored = read()
+    except _NOT_DAMAGE:
+        raise
+    except Exception as error:  # another library's damage comes in every class
+        if not watch.is_in_place():
+            raise OvertakenError from error
+        if isinstance(error, OSError) and error.errno in _NOT_DAMAGE_ERRNOS:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        _log.error("step %d of %s is rejected: %s", step, run.path, reason)
+        events.record_event(events.READ_REJECTED, step=step)
+        return Rejected(reason)
+    if not watch.is_gone() and not watch.is_in_place():
+        raise OvertakenError  # what was read took the place of the newest, and newer ones may not have gone yet
+    return restored
+
+
+def nothing_left(run: RunDirectory, rejected: Mapping[int, str]) -> CheckpointError:
+    """The error for a run in which there is nothing to restore, or nothing but what was rejected."""
     rejected = {**run.rejected, **rejected}  # an earlier call may have found some
-    if rejected:
-        reasons = "\n".join(f"  step {step}: {reason}" for step, reason in rejected.items())
-        raise NoValidCheckpointError(
-            f"no checkpoint of {run.path} can be restored:\n{reasons}\nNothing was removed. To start "
-            "afresh all the same, choose another directory."
-        )
-    raise CheckpointNotFoundError(f"{run.path} has no checkpoint")
+    if not rejected:
+        return CheckpointNotFoundError(f"{run.path} has no checkpoint")
+    reasons = "\n".join(f"  step {step}: {reason}" for step, reason in rejected.items())
+    return NoValidCheckpointError(
+        f"no checkpoint of {run.path} can be restored:\n{reasons}\nNothing was removed. To start "
+        "afresh all the same, choose another directory."
+    )
 
 
 def find_problems(run: RunDirectory, step: int) -> list[str]:
