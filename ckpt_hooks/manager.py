@@ -307,19 +307,15 @@ class CheckpointManager:
         return number, request.deliver(restored, states)
 
     def _number_of(self, step: Any) -> int:
-        return self._best_or_raise() if step == "best" else check_step(step)
-
-    def _best_or_raise(self) -> int:
-        best = self.best_step()
-        if best is None:
+        number = self.best_step() if step == "best" else check_step(step)
+        if number is None:
             raise CheckpointNotFoundError(f"{self._run.path} has no checkpoint with a finite metric to be the best")
-        return best
+        return number
 
     # -------------------------------------------------------------- asking
 
     def is_empty(self) -> bool:
         """Whether the run has no checkpoint. Every process has to ask, and is told what the primary finds."""
-        self._raise_failure()
         return is_empty(self._run, self._processes)
 
     def steps(self) -> list[int]:
