@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from ckpt_hooks import errors, processes
 from ckpt_hooks.agreement import OperationBarriers
-from ckpt_hooks.errors import CheckpointError, ProcessesDisagreeError
+from ckpt_hooks.errors import CheckpointError, NotSharedError
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import Watch
 from ckpt_hooks.restoring import Rejected, nothing_left, read_newest, read_or_reject
@@ -47,6 +47,7 @@ def read_chosen(
 
     Raises:
       CheckpointNotFoundError, NoValidCheckpointError: in all processes, where the leader finds none (any more).
+      NotSharedError: the processes do not see the same directory.
       OtherProcessError: another process has failed; and whatever `read` raises that is no damage.
     """
     if len(options.members()) > 1:
@@ -168,7 +169,7 @@ class _Leader:
                 time.sleep(self._num_absences * _PAUSE_SECS)  # a network file system may lag
                 return self.choose()
             return _error(
-                ProcessesDisagreeError(
+                NotSharedError(
                     f"step {self._step} is not in {self._run.path} for processes {absent[:_MAX_NAMED]}, but it is for "
                     f"process {processes.index()}. Is it the same directory for all of them?"
                 )

@@ -131,7 +131,7 @@ def test_an_empty_run_is_empty_for_all(reports: Any) -> None:
 
 def test_a_directory_that_is_not_shared_is_told(reports: Any) -> None:
     for report in reports:
-        assert report["elsewhere"].startswith("ProcessesDisagreeError"), report["elsewhere"]
+        assert report["elsewhere"].startswith("NotSharedError"), report["elsewhere"]
         assert f"for processes [{len(reports) - 1}]" in report["elsewhere"]
 
 
