@@ -284,7 +284,8 @@ class _Checkpoint:
     def typed(self, restored: Any, *, is_whole: bool) -> Any:
         """What was restored without a target, in the types that it was saved in."""
         if self.handler is not None:
-            return structure.typed_item(self.path, restored)
+            is_tree = isinstance(self.handler, _TREE_HANDLERS)
+            return structure.typed_item(self.path, restored) if is_tree else restored
         directories = {name: os.path.join(self.path, name) for name in restored if name in self.trees}
         parts = {**restored, **{name: structure.typed_item(path, restored[name]) for name, path in directories.items()}}
         return structure.typed_state(directories.values(), parts) if is_whole else parts

@@ -221,13 +221,16 @@ def typed_state(directories: Iterable[str], parts: dict[str, Any]) -> Any:
 
 
 def _recorded(directory: str) -> Record:
-    with open(os.path.join(directory, METADATA_FILE), "rb") as file:
-        custom = json.loads(file.read()).get("custom_metadata")
+    try:
+        with open(os.path.join(directory, METADATA_FILE), "rb") as file:
+            custom = json.loads(file.read()).get("custom_metadata")
+    except (FileNotFoundError, NotADirectoryError):  # a file of Flax's, a key of Orbax's
+        custom = None
     record = custom.get(_KEY) if isinstance(custom, Mapping) else None
     if not isinstance(record, dict):
         raise InvalidArgumentError(
-            f"{directory} has no record of its types: Orbax or an early version wrote it. Restore without typed=True, "
-            "or into a state of your own (`like`)."
+            f"{directory} has no record of its types: Orbax, Flax or an early version wrote it. Restore without "
+            "typed=True, or into a state of your own (`like`)."
         )
     return record
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.serialization
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,16 @@ import pytest
 from flax.training.train_state import TrainState
 from hypothesis import HealthCheck, given, settings
 
-from ckpt_hooks import Checkpointer, CheckpointManager, StandardCheckpointHandler, structure
+import ckpt_hooks
+from ckpt_hooks import (
+    Checkpointer,
+    CheckpointManager,
+    CompositeCheckpointHandler,
+    JsonCheckpointHandler,
+    StandardCheckpointHandler,
+    args,
+    structure,
+)
 from ckpt_hooks.errors import CheckpointError, ClassNotFoundError, InvalidArgumentError
 from ckpt_hooks.testing import assert_same, zoo
 from tests.sameness import bits
@@ -302,6 +312,46 @@ def test_a_process_that_has_imported_nothing_gets_the_types(tmp_path: Path) -> N
     command = [sys.executable, "-c", code, str(tmp_path)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert output.strip() == "ScaleByAdamState"
+
+
+def test_a_checkpointer_gives_types_back_too(tmp_path: Path) -> None:
+    """By typed=True of the args, alone and for the items of a composite; together with a target it is an error."""
+    state = zoo.Moments(np.ones(2), (1, 2))
+    with Checkpointer(StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "1", state)
+        assert_same(state, checkpointer.restore(tmp_path / "1", typed=True))
+        assert_same(state, checkpointer.restore(tmp_path / "1", args=args.StandardRestore(typed=True)))
+        assert_same(state, ckpt_hooks.restore(tmp_path / "1", typed=True))
+        with pytest.raises(InvalidArgumentError, match="without a target"):
+            checkpointer.restore(tmp_path / "1", state, typed=True)
+    with Checkpointer(CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "2", args=args.Composite(a=args.StandardSave(state)))
+        wanted = args.Composite(a=args.StandardRestore(typed=True))
+        assert_same(state, checkpointer.restore(tmp_path / "2", args=wanted)["a"])
+
+
+def test_json_has_types_of_its_own(tmp_path: Path) -> None:
+    """What is no tree comes back as it is."""
+    with Checkpointer(JsonCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "1", {"a": [1, None]})
+    assert ckpt_hooks.restore(tmp_path / "1", typed=True) == {"a": [1, None]}
+
+
+@pytest.mark.parametrize("kind", ["a file of Flax's", "a tree of Orbax's", "a key of Orbax's"])
+def test_where_no_types_were_recorded_it_says_so(tmp_path: Path, kind: str) -> None:
+    """Whoever wrote it."""
+    path = tmp_path / "checkpoint"
+    if kind == "a file of Flax's":
+        path.write_bytes(flax.serialization.to_bytes({"w": np.ones(2)}))
+    else:
+        is_key = kind == "a key of Orbax's"
+        handler = ocp.JaxRandomKeyCheckpointHandler() if is_key else ocp.StandardCheckpointHandler()
+        key = ocp.args.JaxRandomKeySave(jax.random.key(0))
+        saved = key if is_key else ocp.args.StandardSave({"w": np.ones(2)})
+        with ocp.Checkpointer(handler) as theirs:
+            theirs.save(path, args=saved)
+    with pytest.raises(InvalidArgumentError, match="no record of its types"):
+        ckpt_hooks.restore(path, typed=True)
 
 
 def test_one_tree_of_a_checkpointer_has_a_record_too(tmp_path: Path) -> None:

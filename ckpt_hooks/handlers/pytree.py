@@ -132,7 +132,8 @@ class StandardCheckpointHandler(CheckpointHandler):
         with _collection_paused():
             saved = SavedTree(os.fspath(directory), verify=args.verify)
             changes = args.changes or Changes(cast=args.cast)
-            return saved.restore(NO_TARGET if args.item is None else args.item, changes)
+            restored = saved.restore(NO_TARGET if args.item is None else args.item, changes)
+        return structure.typed_item(os.fspath(directory), restored) if args.typed else restored
 
     def metadata(self, directory: epath.Path) -> Any:
         """The tree with a `jax.ShapeDtypeStruct` for each array."""
@@ -173,12 +174,18 @@ class StandardRestoreArgs(CheckpointArgs):
       cast: whether a leaf of another dtype is converted; otherwise it is an error.
       verify: whether every byte that is read is checked against its checksum.
       changes: what else may differ, with paths inside this item; its `cast` then counts.
+      typed: whether, without `item`, the tree comes back in the types that it was saved in; see docs/restore.md.
     """
 
     item: Any = None
     cast: bool = False
     verify: bool = True
     changes: Changes | None = None
+    typed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.typed and self.item is not None:
+            raise InvalidArgumentError("typed=True is for a restore without a target, so leave one of them out")
 
 
 # ------------------------------------------------------------------ the plan
