@@ -140,7 +140,7 @@ class OperationBarriers:
     def _tell(self, error: BaseException) -> BaseException:
         if isinstance(error, OtherProcessError | ProcessesDisagreeError | BarrierTimeoutError):
             return error  # they know: it came from the answer that all of them got
-        end = processes.published(self._key + "/").get("end")
+        end = processes.found(f"{self._key}/end")
         if end is not None:  # this process was still writing when the primary removed what there was
             try:
                 _raise(*end.split("\n", 1))
@@ -197,7 +197,7 @@ class OperationBarriers:
         while time.monotonic() < deadline:
             # The call returns at once when the answer comes; now and then one looks whether there will be none.
             answer = processes.wait_for(f"{self._key}/answer/{name}", pause_secs)
-            answer = answer or processes.published(self._key + "/").get("end")
+            answer = answer or processes.found(f"{self._key}/end")
             if answer is not None:
                 kind, _, text = answer.partition("\n")
                 _raise(kind, text)

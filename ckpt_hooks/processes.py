@@ -24,6 +24,7 @@ __all__ = [
     "Writers",
     "count",
     "forget",
+    "found",
     "index",
     "leave",
     "next_operation_id",
@@ -183,6 +184,16 @@ def publish(key: str, value: str) -> None:
 def published(folder: str) -> dict[str, str]:
     """{key below `folder`, which ends with a slash: line} of what was published there."""
     return {key.removeprefix(folder): value for key, value in _client().key_value_dir_get(folder)}
+
+
+def found(key: str) -> str | None:
+    """One published line, or None; where there are thousands in its folder, `published` brings them all."""
+    try:
+        return str(_client().key_value_try_get(key))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
 
 
 def wait_for(key: str, timeout_secs: float) -> str | None:

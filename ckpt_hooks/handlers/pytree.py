@@ -215,8 +215,8 @@ class Plan:
         is_complex = any(isinstance(leaf.value, complex) for leaf in named)
         self.recorded_name = _ORBAX_PYTREE_HANDLER if is_none or is_complex else None
         self._is_shared, types = len(writers.indexes) > 1, structure.metadata_of(item, part_of)
-        self._array_metadata = array_metadata_file(self._leaves)
         self._primary_files = {
+            f"{tree.ARRAY_METADATA_FOLDER}/process_0": array_metadata_file(self._leaves),
             tree.METADATA_FILE: tree_metadata_file(named, self._leaves, types),
             tree.SHARDING_FILE: sharding_file(self._names, self._leaves),
         }
@@ -281,13 +281,11 @@ class Plan:
     def write(self, writer: ArrayWriter, strings: dict[str, str], process: int, directory: epath.Path) -> None:
         """Writes the files of one process; they are durable only after `commit.sync_tree`."""
         path = os.fspath(directory)
-        os.makedirs(os.path.join(path, tree.ARRAY_METADATA_FOLDER), exist_ok=self._is_shared)
-        files = {f"{tree.ARRAY_METADATA_FOLDER}/process_{process}": self._array_metadata}
-        files |= writer.write(path)
-        if process == 0:
+        files = writer.write(path)
+        if process == 0:  # what is the same in all processes: written by each, it would grow with processes x leaves
+            os.makedirs(os.path.join(path, tree.ARRAY_METADATA_FOLDER))
             files |= self._primary_files
-        if strings:
-            files[tree.STRINGS_FILE] = json.dumps(strings).encode()
+            files |= {tree.STRINGS_FILE: json.dumps(strings).encode()} if strings else {}
         for name, content in files.items():
             commit.write_file(os.path.join(path, name), content)
 

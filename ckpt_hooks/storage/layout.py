@@ -283,15 +283,15 @@ def _add_leaf(file: DataFile, values: Sequence[_Value]) -> ocdbt.Child:
     outside = [
         (value.owner, value.offset) for _, value in values if isinstance(value, Place) and value.offset is not None
     ]
-    owners = sorted({owner for owner, _ in outside})
+    numbers = {owner: number for number, owner in enumerate(sorted({owner for owner, _ in outside}))}
     sizes = [len(value) if isinstance(value, bytes) else value.nbytes for _, value in values]
     are_outside = [isinstance(value, Place) and value.offset is not None for _, value in values]
     prefix = ocdbt.node_prefix(
         [key for key, _ in values],
         sizes,
-        [data_file_name(owner) for owner in owners],
+        list(map(data_file_name, numbers)),
         are_outside,
-        [(owners.index(owner), offset) for owner, offset in outside],
+        [(numbers[owner], offset) for owner, offset in outside],
     )
     outside_nbytes = sum(nbytes for nbytes, is_outside in zip(sizes, are_outside, strict=True) if is_outside)
     body_nbytes = len(prefix) + sum(sizes) - outside_nbytes
