@@ -30,6 +30,7 @@ from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, chec
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import is_of_another
 from ckpt_hooks.temporary_paths import (
     AtomicRenameTemporaryPath,
     FileOptions,
@@ -105,6 +106,8 @@ class Checkpointer:
         self._is_primary = together.is_primary()
         self._store_blocks = self._store.is_blocking_writer
         self._is_alone = processes.count() == 1
+        rank = together.writers().ranks[processes.index()]
+        self._is_others = None if self._is_alone else functools.partial(is_of_another, rank)
         self._goes_on = isinstance(self, AsyncCheckpointer)  # whether training does while a save is written
         self._barrier_prefix = together.key("")
         self._barriers = functools.lru_cache(2)(functools.partial(OperationBarriers, options=together))
@@ -179,7 +182,7 @@ class Checkpointer:
         start_secs = time.perf_counter()
         events.record_event(events.WRITE_START)
         temporary = self._temporary_path_class.from_final(final, **self._path_options)
-        temporary.replaces = force
+        temporary.replaces, temporary.is_others = force, self._is_others
         operation = next(self._operation_ids)
         save = _Save(final, temporary, operation, {}, metrics or {}, on_commit, start_secs)
         try:
@@ -220,7 +223,7 @@ class Checkpointer:
         if save.write is not None:
             save.write(path)
         if not self._is_primary:
-            commit.sync_tree(os.fspath(path))  # the primary syncs what it sees; a network file system may lag
+            commit.sync_tree(os.fspath(path), self._is_others)  # nobody else can: it may be in this machine's cache
         written_secs = time.perf_counter()
         events.record_duration_secs(events.WRITE_ITEMS_SECS, written_secs - start_secs)
         self._barrier(written, save.operation)

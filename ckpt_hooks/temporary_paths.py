@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 from etils import epath
@@ -75,9 +76,12 @@ class TemporaryPath(abc.ABC):
 
     Attributes:
       replaces: whether a checkpoint that is at the final path already gives way to this one at the commit.
+      is_others: of a path, whether it is a file that another process of this save makes durable; None where there is
+        no other. If each synced all, a save by N processes would take N x N syncs.
     """
 
     replaces = False
+    is_others: Callable[[str], bool] | None = None
     writes_in_place = False
 
     def __init__(
@@ -213,7 +217,7 @@ class AtomicRenameTemporaryPath(TemporaryPath):
         path = os.fspath(self.get())
         self._seal()
         self._write_marker()
-        commit.sync_tree(path)
+        commit.sync_tree(path, self.is_others)
         commit.publish(path, os.fspath(self._final), replace=self.replaces)
         self._created = False
         if self._lock is not None:
@@ -261,7 +265,7 @@ class CommitFileTemporaryPath(TemporaryPath):
     def finalize(self) -> None:
         path = os.fspath(self.get())
         self._seal()
-        commit.sync_tree(path)
+        commit.sync_tree(path, self.is_others)
         # The marker only after everything else is durable: it may reach the disk before the rest otherwise.
         self._write_marker()
         commit.sync_file(os.path.join(path, COMMIT_MARKER))

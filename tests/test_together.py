@@ -108,3 +108,34 @@ def test_a_directory_that_is_not_shared_is_found_out(nursery: Nursery, tmp_path:
             assert f"process {count - 1} failed: NotSharedError" in text
             assert secs < 20
         assert process.report["here"] == []
+
+
+# ------------------------------------------------------------------ who does what
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_file_is_synced_by_who_wrote_it(nursery: Nursery, tmp_path: Path, count: int) -> None:
+    """Every file of a save is durable, and no process syncs the data or the checksums of another one."""
+    ended = nursery.run_group(together.synced_and_written, tmp_path, count)
+    assert [process.code for process in ended] == [0] * count, [process.log for process in ended]
+    synced = [set(process.report["synced"]) for process in ended]
+    assert set(ended[0].report["present"]) <= set.union(*synced)
+    for rank in range(count):
+        table = "_ARRAY_CHECKSUMS" if rank == 0 else f"_ARRAY_CHECKSUMS.{rank}"
+        for own in (f"params/d/{rank:032x}", f"params/{table}"):
+            assert [own in some for some in synced] == [other == rank for other in range(count)], own
+
+
+def test_what_is_the_same_in_all_processes_is_written_once(nursery: Nursery, tmp_path: Path) -> None:
+    """A process more adds two files to an item: its data and their checksums."""
+    alone, four = (
+        nursery.run_group(together.synced_and_written, tmp_path / str(count), count)[0].report for count in (1, 4)
+    )
+    more = [name for name in four["present"] if name not in alone["present"]]
+    items = sorted({name.split("/")[0] for name in more})
+    assert more == sorted(
+        f"{item}/{name}"
+        for item in items
+        for rank in (1, 2, 3)
+        for name in (f"_ARRAY_CHECKSUMS.{rank}", f"d/{rank:032x}")
+    )

@@ -158,3 +158,25 @@ def not_shared(folder: Path) -> Any:
             said.append(error_of(lambda: manager.save(1, state_at(1))))
         wait_for_all(f"told {leftover}")
     return {"said": said, "here": sorted(os.listdir(folder / "here" / "run"))}
+
+
+# ------------------------------------------------------------------ who does what
+
+
+def synced_and_written(folder: Path) -> dict[str, list[str]]:
+    """What this process syncs in one save, as paths below the step, and at process 0 also what there is at its end."""
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def recording(fd: Any) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    os.fsync = recording
+    with ckpt_hooks.CheckpointManager(folder / "run", async_save=False) as manager:
+        manager.save(1, state_at(1))
+    final = folder / "run" / "1"
+    names = [Path(path.replace(".orbax-checkpoint-tmp", "")) for path in synced]
+    below = [os.path.relpath(path, final) for path in names if path.is_relative_to(final)]
+    present = [os.path.relpath(path, final) for path in final.rglob("*") if path.is_file()]
+    return {"synced": sorted(below), "present": sorted(present)}

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import itertools
 import logging
 import os
 import shutil
@@ -169,11 +170,13 @@ except (AttributeError, OSError):  # only Linux has it
     _sync_file_range = None
 
 
-def sync_tree(directory: str) -> None:
-    """Makes every file and directory below `directory`, and itself, durable."""
+def sync_tree(directory: str, is_others: Callable[[str], bool] | None = None) -> None:
+    """Makes every file and directory below `directory`, and itself, durable, but files that `is_others`."""
     paths = [directory]
     for folder, folders, files in os.walk(directory):
         paths += [os.path.join(folder, name) for name in (*folders, *files)]
+    if is_others is not None:
+        paths = list(itertools.filterfalse(is_others, paths))
     run_parallel([functools.partial(sync_file, path) for path in paths], _SYNC_THREADS)
 
 
