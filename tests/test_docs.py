@@ -76,6 +76,19 @@ def test_format_page_has_a_reader_of_its_own() -> None:
     assert {ast.unparse(node) for node in imported} == {"import json", "import struct", "import numpy as np"}
 
 
+def test_readme_lists_every_example() -> None:
+    """Each program in `examples/` has a row in the README's table, and says at its top how to run it."""
+    folder = REPOSITORY / "examples"
+    programs = {path.name for path in folder.iterdir() if path.name[0] not in "_."}
+    linked = [
+        re.findall(r"\]\(examples/([^)]+)\)", row[0]) for row in rows(REPOSITORY / "README.md", "| Example | What")
+    ]
+    assert {name for names in linked for name in names} == programs
+    for path in folder.glob("[!_]*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert re.search(rf"^    python (examples/{path.name}|-m examples\.{path.stem})\b", docstring, re.MULTILINE)
+
+
 # ------------------------------------------------------------------ events
 
 
