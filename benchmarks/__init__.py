@@ -9,6 +9,7 @@ alternating rounds, on the same bytes::
     python -m benchmarks.interference   # a training loop while a save runs behind it
     python -m benchmarks.hook           # a call of the hook with nothing due
     python -m benchmarks.growth         # time against leaves, bytes and kept checkpoints
+    python -m benchmarks.scale          # a model of 1 to 10,000 processes, from costs measured here
 
 They need ``pip install -e '.[orbax,bench]'``. All take ``--rounds``, ``--workloads``, ``--scale``, ``--directory``,
 ``--json``, ``--plot`` and ``--tiny``.

@@ -27,10 +27,10 @@ from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handle
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
 from ckpt_hooks.loud_exit import untold
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, check_custom_metadata, metadata_store
+from ckpt_hooks.own_files import is_of_another
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.checksums import is_of_another
 from ckpt_hooks.temporary_paths import (
     AtomicRenameTemporaryPath,
     FileOptions,

@@ -14,6 +14,7 @@ TABLES = {  # {benchmark: what stands in its tables}
     "blocking": ["; blocking", "; per leaf", "; stall"],
     "interference": ["; training", "; lost", "; python", "no save"],
     "hook": ["a call with nothing due", "a function"],
+    "scale": ["index entries, ms", "lines, ms", "bytes an entry", "model: processes, leaves", "10,000, 1,000,000"],
     "growth": ["leaves, ms", "bytes, ms", "kept, ms", "again", "start-up", "exponent", "factor"],
 }
 

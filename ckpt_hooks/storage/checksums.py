@@ -42,13 +42,13 @@ from ckpt_hooks.storage.commit import COMMIT_MARKER
 
 __all__ = [
     "ARRAY_FILE",
+    "DATA_FOLDER",
     "FILE",
     "ArrayChecksums",
     "FileChecksums",
     "ItemChecksums",
     "PieceTable",
     "digest",
-    "is_of_another",
     "read_file",
 ]
 
@@ -66,19 +66,6 @@ I64 = npt.NDArray[np.int64]
 Digest = tuple[str, int]  # 16 hex digits, size in bytes
 
 digest = xxhash.xxh3_64_intdigest
-
-
-_OF_ONE_PROCESS = re.compile(rf"/(?:{DATA_FOLDER}/([0-9a-f]{{32}})|{ARRAY_FILE}(?:\.(\d+))?)$").search
-
-
-def is_of_another(rank: int, path: str) -> bool:
-    """Whether a process of another rank has written a file and makes it durable itself.
-
-    >>> [is_of_another(1, path) for path in ("/7/params/_ARRAY_CHECKSUMS.1", "/7/params/_ARRAY_CHECKSUMS.2", "/7/x")]
-    [False, True, False]
-    """
-    found = _OF_ONE_PROCESS(path)
-    return found is not None and rank != (int(found[1], 16) if found[1] else int(found[2] or 0))
 
 
 # ------------------------------------------------------------------ array checksums
