@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 
+import jax
 import keras
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from ckpt_hooks import CheckpointHook, CheckpointManager, Preempted
 from ckpt_hooks.keras_callback import CheckpointCallback
@@ -99,6 +101,26 @@ def fit(
 
 def assert_same(weights: list[np.ndarray], expected: list[np.ndarray]) -> None:
     assert [(w.dtype, w.shape, w.tobytes()) for w in weights] == [(w.dtype, w.shape, w.tobytes()) for w in expected]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every `fit` compiles functions of its own, which are the same few programs: most of the time of these tests."""
+    options: dict[str, Any] = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    _configure(options)
+    yield
+    _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # so that JAX looks at them anew
 
 
 @pytest.fixture(scope="module")
