@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ckpt_hooks import train_state
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError
-from ckpt_hooks.handlers.flax_files import is_flax_checkpoint
+from ckpt_hooks.flax_runs import is_flax_checkpoint
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.requested import RestoreRequest, is_run
 

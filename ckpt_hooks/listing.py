@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ckpt_hooks.handlers.flax_files import PREFIX
+from ckpt_hooks.flax_runs import PREFIX
 
 __all__ = ["Listing", "Names"]
 

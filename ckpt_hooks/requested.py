@@ -9,7 +9,6 @@ from typing import Any, Literal
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, IncompleteCheckpointError, InvalidArgumentError
 from ckpt_hooks.graph_objects import GraphObjects
-from ckpt_hooks.handlers.flax_files import is_flax_file
 from ckpt_hooks.handlers.iterator import require_stateful, set_saved_state
 from ckpt_hooks.listing import Listing
 from ckpt_hooks.metadata import METADATA_FILE
@@ -17,6 +16,7 @@ from ckpt_hooks.restoring import restore_checkpoint
 from ckpt_hooks.storage.commit import COMMIT_MARKER
 from ckpt_hooks.temporary_paths import absolute_path, is_committed
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
+from ckpt_hooks.tree import STRUCTURE_FILE
 
 __all__ = ["RestoreRequest", "check_names", "is_run", "restore"]
 
@@ -112,12 +112,14 @@ def is_run(path: str) -> bool:
     names = Listing(path).names()
     if not names.steps and not names.flax_steps:
         return False
-    return not any(os.path.exists(f"{path}/{own}") for own in (COMMIT_MARKER, METADATA_FILE, TREE_METADATA_FILE))
+    return not any(
+        os.path.exists(f"{path}/{own}") for own in (COMMIT_MARKER, METADATA_FILE, TREE_METADATA_FILE, STRUCTURE_FILE)
+    )
 
 
 def _require_checkpoint(path: Any) -> str:
     absolute: str = os.fspath(absolute_path(os.path.expanduser(path)))
-    if is_flax_file(absolute):
+    if os.path.isfile(absolute):  # of msgpack
         return absolute
     if is_run(absolute):
         raise InvalidArgumentError(

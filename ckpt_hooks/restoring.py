@@ -30,7 +30,6 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.handlers.base import CheckpointArgs, get_handler_type, get_registered_args_cls, recognize_handler
 from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
-from ckpt_hooks.handlers.flax_files import FlaxFileHandler, is_flax_file
 from ckpt_hooks.handlers.iterator import IteratorRestoreArgs
 from ckpt_hooks.handlers.orbax_items import ARRAY_NAME, OrbaxItemHandler, OrbaxItemRestoreArgs
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler, StandardRestoreArgs
@@ -68,7 +67,7 @@ _NOT_DAMAGE = (
     MemoryError,
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
-_TREE_HANDLERS = (StandardCheckpointHandler, FlaxFileHandler, OrbaxItemHandler)  # which take a target
+_TREE_HANDLERS = (StandardCheckpointHandler, OrbaxItemHandler)  # which take a target
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
 
@@ -217,9 +216,12 @@ class _Checkpoint:
             # A directory that somebody has put here was never saved. Late metrics are not covered at once.
             present &= checksums.items() | recorded.keys() | {METRICS_ITEM}
         self.saved = present | recorded.keys() | (checksums.items() if checksums else set())
-        self.trees = {name for name in present if StandardCheckpointHandler.recognizes(os.path.join(path, name))}
         self._recorded = recorded
         self._kinds = {name: _kind(handler) for name, handler in recorded.items()}
+        maybe = {
+            name for name in present if self._kinds.get(name) in (None, StandardCheckpointHandler, OrbaxItemHandler)
+        }
+        self.trees = {name for name in maybe if StandardCheckpointHandler.recognizes(os.path.join(path, name))}
         # An item that has lost its files counts as a tree if its handler was one: it is damage, not absence.
         self.trees |= {name for name, kind in self._kinds.items() if kind is StandardCheckpointHandler}
 
@@ -365,8 +367,6 @@ def _object_args(value: Any, changes: Changes) -> CheckpointArgs:
 
 def _handler_of_whole(path: str) -> Any:
     """What reads a checkpoint that has no items; None for one that has."""
-    if is_flax_file(path):
-        return FlaxFileHandler()
     is_tree = StandardCheckpointHandler.recognizes(path)
     if is_tree and not os.path.isdir(os.path.join(path, ARRAY_NAME)):
         return StandardCheckpointHandler()

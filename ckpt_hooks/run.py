@@ -25,7 +25,7 @@ from ckpt_hooks.errors import (
     UnwritableDirectoryError,
     explain_os_error,
 )
-from ckpt_hooks.handlers.flax_files import PREFIX, flax_path, is_flax_checkpoint
+from ckpt_hooks.flax_runs import PREFIX, flax_path, is_flax_checkpoint
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
 from ckpt_hooks.listing import Listing, Names

@@ -33,6 +33,7 @@ from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
+from ckpt_hooks.tree import STRUCTURE_FILE
 
 __all__ = [
     "AtomicRenameTemporaryPath",
@@ -42,6 +43,7 @@ __all__ = [
     "TemporaryPath",
     "absolute_path",
     "check_destination",
+    "has_early_tree",
     "is_committed",
     "is_temporary",
     "require_finalized",
@@ -313,7 +315,21 @@ def is_committed(path: Any) -> bool:
         entries = os.listdir(directory)
     except FileNotFoundError:
         return False  # removed since the first look at it
-    return any(os.path.exists(os.path.join(directory, name, TREE_METADATA_FILE)) for name in entries)
+    inside = [directory, *(os.path.join(directory, name) for name in entries)]
+    return any(os.path.exists(os.path.join(path, TREE_METADATA_FILE)) or has_early_tree(path) for path in inside)
+
+
+def has_early_tree(directory: str) -> bool:
+    """Whether a directory holds a tree as Orbax wrote it at first: a file `checkpoint` that is a msgpack map."""
+    try:
+        with open(os.path.join(directory, STRUCTURE_FILE), "rb") as file:
+            begin = file.read(1)
+    except OSError:
+        return False
+    return begin in _MAPS  # TensorFlow's file of this name is text
+
+
+_MAPS = frozenset(bytes([code]) for code in (*range(0x80, 0x90), 0xDE, 0xDF))
 
 
 def _is_there(path: str) -> bool:

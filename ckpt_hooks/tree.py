@@ -34,6 +34,8 @@ __all__ = [
 METADATA_FILE = "_METADATA"
 SHARDING_FILE = "_sharding"
 STRINGS_FILE = "_strings.json"
+MANIFEST_FILE = "manifest.ocdbt"  # where the arrays are in a database
+STRUCTURE_FILE = "checkpoint"  # of its first versions, which had none of the others
 ARRAY_METADATA_FOLDER = "array_metadatas"
 FIRST_ARRAY_METADATA = "process_0"
 

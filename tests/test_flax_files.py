@@ -356,7 +356,7 @@ def test_half_a_file_is_damage(tmp_path: Path, place: int) -> None:
     """Wherever it ends."""
     content = serialization.to_bytes(make_state(0))
     (tmp_path / "half").write_bytes(content[:place])
-    with pytest.raises(CorruptCheckpointError, match="not a msgpack file as Flax writes it"):
+    with pytest.raises(CorruptCheckpointError, match="not a msgpack file as Flax or Orbax writes it"):
         ckpt_hooks.restore(tmp_path / "half", make_state(0))
 
 

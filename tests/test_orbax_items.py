@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from google.protobuf import struct_pb2
 from orbax.checkpoint.experimental import v1
 
@@ -252,6 +253,53 @@ def test_an_iterator_of_ours_alone_is_its_state(tmp_path: Path) -> None:
     with Checkpointer(IteratorCheckpointHandler()) as ours:
         ours.save(tmp_path / "data", Numbers())
     assert ckpt_hooks.restore(tmp_path / "data") == {"position": 4}
+
+
+# ------------------------------------------------------------------ Orbax's first layout
+
+EARLY = {"params": {"w": np.arange(4.0), "b": np.ones(2, np.int16)}, "opt": [{"m": np.full(2, 3.0)}, {}], "step": 3}
+
+
+def save_as_at_first(path: Path, *, use_ocdbt: bool) -> None:
+    """A tree as the versions of 2022 and 2023 left it: its structure and small values in a file, no metadata at all."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as theirs:
+        theirs.save(path, args=ocp.args.PyTreeSave(EARLY))
+    for name in ("_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"):
+        (path / name).unlink()
+    params = {"w": "PLACEHOLDER://params.w", "b": "PLACEHOLDER://params.b"}
+    structure = {"params": params, "opt": {"0": {"m": np.full(2, 3.0)}, "1": {}}, "step": 3}
+    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(structure))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as theirs:  # that this is what it reads
+        restored = theirs.restore(path, args=ocp.args.PyTreeRestore(EARLY))
+    jax.tree.map(np.testing.assert_array_equal, restored, EARLY)
+
+
+@pytest.mark.parametrize("use_ocdbt", [False, True])
+def test_a_tree_of_orbax_in_its_first_versions(tmp_path: Path, use_ocdbt: bool) -> None:
+    """Alone, as an item of a run, and as Flax's checkpoint of that time."""
+    target = jax.tree.map(np.zeros_like, EARLY) | {"step": 0}
+    plain = {**EARLY, "opt": {"0": {"m": np.full(2, 3.0)}, "1": {}}}
+    for place in ("alone", "run/7/default", "flax/checkpoint_7"):
+        save_as_at_first(tmp_path / place, use_ocdbt=use_ocdbt)
+    for path in (tmp_path / "alone", tmp_path / "run" / "7", tmp_path / "flax" / "checkpoint_7"):
+        assert_same(EARLY, ckpt_hooks.restore(path, target))
+    assert_same(plain, ckpt_hooks.restore(tmp_path / "alone"))
+    assert_same({"params": EARLY["params"]}, ckpt_hooks.restore(tmp_path / "alone", items=["params"]))
+    with CheckpointManager(tmp_path / "run") as ours:
+        assert ours.steps() == [7]
+        assert_same({"default": plain}, ours.restore())
+        assert ours.metadata(7).item_metadata["default"]["params"]["w"] == jax.ShapeDtypeStruct((4,), np.float64)
+        assert ours.verify(7) == []
+    with CheckpointHook(tmp_path / "flax") as hook:
+        assert_same(EARLY, hook.restore(target))
+        assert hook.start_step == 7
+
+
+def test_a_file_of_the_same_name_is_no_checkpoint(tmp_path: Path) -> None:
+    """TensorFlow has a text file `checkpoint` in its directories."""
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / "checkpoint").write_text('model_checkpoint_path: "model-9"\n')
+    assert CheckpointManager(tmp_path).steps() == []
 
 
 # ------------------------------------------------------------------ Orbax's managers and its newer interface

@@ -41,7 +41,8 @@ from ckpt_hooks.leaves import (
     sharding_file,
     tree_metadata_file,
 )
-from ckpt_hooks.loading import NO_TARGET, SavedTree
+from ckpt_hooks.loading import NO_TARGET
+from ckpt_hooks.msgpack_tree import MsgpackTree, open_tree
 from ckpt_hooks.processes import Writers
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.compression import CompressingWriter
@@ -130,18 +131,18 @@ class StandardCheckpointHandler(CheckpointHandler):
     def restore(self, directory: epath.Path, args: StandardRestoreArgs | None = None) -> Any:
         args = StandardRestoreArgs() if args is None else args
         with _collection_paused():
-            saved = SavedTree(os.fspath(directory), verify=args.verify)
+            saved = open_tree(os.fspath(directory), verify=args.verify)
             changes = args.changes or Changes(cast=args.cast)
             restored = saved.restore(NO_TARGET if args.item is None else args.item, changes)
         return structure.typed_item(os.fspath(directory), restored) if args.typed else restored
 
     def metadata(self, directory: epath.Path) -> Any:
         """The tree with a `jax.ShapeDtypeStruct` for each array."""
-        return SavedTree(os.fspath(directory)).metadata()
+        return open_tree(os.fspath(directory)).metadata()
 
     @classmethod
     def recognizes(cls, directory: str) -> bool:
-        return os.path.isfile(os.path.join(directory, tree.METADATA_FILE))
+        return os.path.isfile(os.path.join(directory, tree.METADATA_FILE)) or MsgpackTree.is_at(directory)
 
     @classmethod
     def typestr(cls) -> str:

@@ -1,11 +1,13 @@
-"""Flax's own checkpoints: `checkpoint_<step>`, a msgpack file, or a directory where Flax saved through Orbax.
+"""A tree in a msgpack file, as Flax wrote it and as Orbax did in its first versions. It is only read.
 
-`flax.training.checkpoints.save_checkpoint` wrote them. They are only read. A directory is a pytree like any other of
-Orbax's; a file is one msgpack map, which is read whole, has no checksums, and whose arrays are extensions::
+    checkpoint_100                          Flax: the tree with its arrays; those of several processes in <name>_gda/
+    default/checkpoint, default/params.w/   Orbax: the tree, and most of its arrays beside it
+
+The file is one msgpack map, which is read whole and has no checksums. Its extensions are::
 
     1: (shape, dtype name, bytes) of an array    2: (real, imaginary) of a Python complex    3: as 1, of a NumPy scalar
 
-Neither Flax nor msgpack is imported before the first such file is read.
+msgpack is not imported before the first such file is read, and Flax never.
 """
 
 from __future__ import annotations
@@ -15,86 +17,71 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from ckpt_hooks import tree
-from ckpt_hooks.changes import Changes
-from ckpt_hooks.errors import CorruptCheckpointError, UnsupportedLeafError
-from ckpt_hooks.handlers.pytree import StandardRestoreArgs
-from ckpt_hooks.loading import NO_TARGET, SavedTree
+from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedLeafError
+from ckpt_hooks.loading import SavedTree
 from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.storage.regions import Region, slices_of
-from ckpt_hooks.temporary_paths import is_committed
+from ckpt_hooks.temporary_paths import has_early_tree
 
-__all__ = ["PREFIX", "FlaxFileHandler", "flax_path", "is_flax_checkpoint", "is_flax_file"]
-
-PREFIX = "checkpoint_"  # Flax's default; who chose another one names the path
+__all__ = ["MsgpackTree", "open_tree"]
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"  # an array above Flax's bound, as {this: True, "shape": {}, "chunks": {}}
-_ELSEWHERE = "//GDAPlaceholder:"  # an array that was spread over processes, in a directory beside the file
+_BESIDE_FLAX = "//GDAPlaceholder:"  # before the place of an array that is not in the file
+_BESIDE_ORBAX = "PLACEHOLDER://"
 _OLD_NAMED_TUPLE = {"name", "fields", "values"}
 
 
-def flax_path(directory: str, step: int) -> str:
-    """Where Flax keeps a step of the run in `directory`."""
-    return os.path.join(directory, f"{PREFIX}{step}")
+def open_tree(path: str, *, verify: bool = True) -> SavedTree:
+    """The tree at a path, in whichever form. Raises CheckpointNotFoundError where there is none."""
+    try:
+        return SavedTree(path, verify=verify)
+    except CheckpointNotFoundError:
+        if not MsgpackTree.is_at(path):
+            raise
+        return MsgpackTree(path)
 
 
-def is_flax_file(path: str) -> bool:
-    """Whether this is a file, as no other checkpoint is."""
-    return os.path.isfile(path)
-
-
-def is_flax_checkpoint(path: str) -> bool:
-    """Whether there is a checkpoint, whole as far as a look at it can tell."""
-    return is_flax_file(path) or is_committed(path)
-
-
-class FlaxFileHandler:
-    """Restores the tree in a msgpack file; a target is fitted as in any other checkpoint.
+class MsgpackTree(SavedTree):
+    """Dicts with string keys, in which lists and tuples have the keys "0", "1", ...
 
     Raises CorruptCheckpointError for what is no such file, or not all of it, and UnsupportedLeafError for a leaf that
-    no tree of ours can hold. Both before `like` is looked at.
+    no tree of ours can hold.
     """
-
-    def restore(self, directory: epath.Path, args: StandardRestoreArgs | None = None) -> Any:
-        args = StandardRestoreArgs() if args is None else args
-        saved = FlaxFile(os.fspath(directory))
-        target = NO_TARGET if args.item is None else args.item
-        return saved.restore(target, args.changes or Changes(cast=args.cast))
-
-    def metadata(self, directory: epath.Path) -> Any:
-        """The tree with a `jax.ShapeDtypeStruct` for each array."""
-        return FlaxFile(os.fspath(directory)).metadata()
-
-
-class FlaxFile(SavedTree):
-    """The tree in a file: dicts with string keys, in which lists and tuples have the keys "0", "1", ..."""
 
     def __init__(self, path: str) -> None:
         self._directory = path
-        named = tree.flatten(_unpacked(path))
+        is_orbax = os.path.isdir(path)
+        beside, prefix = (path, _BESIDE_ORBAX) if is_orbax else (f"{path}_gda", _BESIDE_FLAX)
+        named = tree.flatten(_unpacked(os.path.join(path, tree.STRUCTURE_FILE) if is_orbax else path))
         values = {leaf.name: leaf.value for leaf in named if not leaf.is_empty}
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
-        elsewhere = {name: text[len(_ELSEWHERE) :] for name, text in texts.items() if text.startswith(_ELSEWHERE)}
+        elsewhere = {name: text[len(prefix) :] for name, text in texts.items() if text.startswith(prefix)}
         self._strings = {name: text for name, text in texts.items() if name not in elsewhere}
         arrays = {name: _array(path, name, value) for name, value in values.items() if name not in texts}
         self._records = [_record(leaf, is_array=leaf.name in elsewhere) for leaf in named]
-        self._arrays = _Arrays(path, arrays, elsewhere)
+        self._arrays = _Arrays(arrays, beside, elsewhere)
         self.leaves = dict(self._describe([record for record in self._records if not record.is_empty], {}))
+
+    @classmethod
+    def is_at(cls, path: str) -> bool:
+        """Whether a path is such a file, or a directory with one."""
+        return os.path.isfile(path) or has_early_tree(path)
 
 
 class _Arrays:
-    """Those of the file, in memory, and those that were spread over several processes, in a directory beside it."""
+    """Those of the file, in memory, and those in a directory beside it."""
 
-    def __init__(self, path: str, arrays: Mapping[str, np.ndarray], elsewhere: Mapping[str, str]) -> None:
+    def __init__(self, arrays: Mapping[str, np.ndarray], beside: str, elsewhere: Mapping[str, str]) -> None:
         self._arrays, self._elsewhere = arrays, elsewhere
         self._infos = {name: ArrayInfo(array.shape, array.dtype, array.shape) for name, array in arrays.items()}
         if elsewhere:
             from ckpt_hooks.storage.foreign import ForeignArrays
 
-            self._spread = ForeignArrays(f"{path}_gda", elsewhere.values(), use_ocdbt=False, use_zarr3=False)
+            use_ocdbt = os.path.exists(os.path.join(beside, tree.MANIFEST_FILE))
+            self._spread = ForeignArrays(beside, elsewhere.values(), use_ocdbt=use_ocdbt, use_zarr3=False)
             self._infos |= {name: self._spread.info(inner) for name, inner in elsewhere.items()}
 
     def info(self, name: str) -> ArrayInfo:
@@ -159,7 +146,8 @@ def _unpacked(path: str) -> Any:
         return _rebuilt(unpacked)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
         raise CorruptCheckpointError(
-            f"{path} is not a msgpack file as Flax writes it, or not all of it: {type(error).__name__}: {error}"
+            f"{path} is not a msgpack file as Flax or Orbax writes it, or not all of it: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
