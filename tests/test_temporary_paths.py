@@ -284,7 +284,7 @@ def test_crash_before_the_marker_leaves_no_checkpoint(tmp_path: Path) -> None:
 def test_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash while everything is being synced comes before the marker, so there is no checkpoint."""
 
-    def die(directory: str) -> None:
+    def die(*arguments: Any) -> None:
         raise SystemExit("dead")
 
     monkeypatch.setattr(commit, "sync_tree", die)
