@@ -299,7 +299,7 @@ class CheckpointHook:
         except CheckpointNotFoundError:
             if not self.manager.is_empty():
                 raise
-            state = state if self._init_from is None else self._init_from.fill(state)
+            state = state if self._init_from is None else self._init_from.fill(state, self._processes)
             return state if names is None else parts_of(state, names)
         self._start_step = self._saved_step = step
         self._follow(step)

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ckpt_hooks import train_state
+from ckpt_hooks.agreement import Together
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError
 from ckpt_hooks.flax_runs import is_flax_checkpoint
 from ckpt_hooks.manager import CheckpointManager
+from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.requested import RestoreRequest, is_run
 
 __all__ = ["InitFrom"]
@@ -55,26 +57,29 @@ class InitFrom:
     def _changes(self) -> Changes:
         return Changes.checked(self.cast, self.missing, self.unexpected, self.rename, has_target=True)
 
-    def fill(self, state: Any) -> Any:
-        """The state with these items as they were saved there.
+    def fill(self, state: Any, processes: MultiprocessingOptions | None = None) -> Any:
+        """The state with these items as they were saved there; of several `processes`, all have to call it.
 
         Raises CheckpointNotFoundError where there is nothing, and what `CheckpointManager.restore` raises.
         """
         path = os.path.abspath(os.path.expanduser(self.directory))
         is_one = is_flax_checkpoint(path) and not is_run(path)
-        parts = self._from_checkpoint(path, state) if is_one else self._from_run(path, state)
+        read = self._from_checkpoint if is_one else self._from_run
+        parts = read(path, state, processes or MultiprocessingOptions())
         return train_state.join(state, {**train_state.split(state), **parts})
 
-    def _from_checkpoint(self, path: str, state: Any) -> Any:
+    def _from_checkpoint(self, path: str, state: Any, processes: MultiprocessingOptions) -> Any:
         if self.step is not None:
             raise InvalidArgumentError(f"init_from: {path} is a checkpoint, so step={self.step!r} has no meaning")
         request = RestoreRequest(state, items=self.items, changes=self._changes(), objects={})
-        parts = request.deliver(*request.read(path))
+        with Together(processes, "reads what a run begins with"):
+            restored = request.read(path)
+        parts = request.deliver(*restored)
         _log.info("%s begin as they are in %s", sorted(parts), path)
         return parts
 
-    def _from_run(self, path: str, state: Any) -> Any:
-        with CheckpointManager(path) as manager:
+    def _from_run(self, path: str, state: Any, processes: MultiprocessingOptions) -> Any:
+        with CheckpointManager(path, multiprocessing_options=processes) as manager:
             if manager.is_empty():
                 raise CheckpointNotFoundError(f"init_from: {path} has no checkpoint to begin with")
             found, parts = manager.restore_with_step(state, step=self.step, items=self.items, changes=self._changes())

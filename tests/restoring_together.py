@@ -239,10 +239,17 @@ def together(folder: Path) -> Any:
     report["no such step"] = outcome(lambda: restored_step(manager(), step=7))
     report["disagree"] = outcome(lambda: restored_step(manager(), step=2 if process == last else None))
 
-    # An empty run: all begin afresh, and one that others have written to meanwhile is not half empty.
+    # An empty run: all begin afresh, or as another run was.
     with ckpt_hooks.CheckpointHook(folder / "empty", timeout_secs=60) as hook:
         report["empty"] = [hook.restore(target) is target, hook.start_step]
         report["init"] = hook.restore_or_init(lambda: {"w": np.ones(2)})["w"].tolist()
+
+    for begin in ("run", "run/2"):
+        with ckpt_hooks.CheckpointHook(folder / "tuned", timeout_secs=60, init_from=folder / begin) as hook:
+            more = 3 if begin == "run" else 2
+            expected = {leaf: (value + more).astype(value.dtype) for leaf, value in values().items()}
+            restored = hook.restore(target)
+            report[f"begin as {begin}"] = [differing(restored["params"], expected), restored["step"]]
 
     # Not the same directory.
     report["elsewhere"] = outcome(lambda: restored_step(manager("run" if process < last else "another")))

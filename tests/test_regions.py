@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_hooks.errors import CorruptCheckpointError
-from ckpt_hooks.storage import layout, reader, slices, writer
+from ckpt_hooks.storage import checksums, layout, reader, slices, writer
 from ckpt_hooks.storage.memory import aligned_memory, host_bytes
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.regions import Region, shape_of, slices_of, whole
@@ -182,6 +182,22 @@ def test_only_what_is_read_is_checked(tmp_path: Path) -> None:
         for region in (((512, 1024), (0, 4096)), ((0, 1024), (0, 100))):
             with pytest.raises(CorruptCheckpointError, match="are not what was saved"):
                 database.read_regions({"a": [region]})
+
+
+def test_the_files_of_a_process_from_another_step_are_noticed(tmp_path: Path) -> None:
+    """A data file that was swapped in with its own table verifies by itself, and is not what this checkpoint names."""
+    for step in (1, 2):
+        directory = tmp_path / str(step) / "params"
+        write_chunked(directory, {"a": (numbers((512, 512)) + np.float32(step), (256, 512))}, 2)
+        (directory.parent / checksums.FILE).write_bytes(
+            checksums.FileChecksums.of_directory(str(directory.parent)).encode()
+        )
+    theirs, ours = tmp_path / "1" / "params", tmp_path / "2" / "params"
+    for name in (layout.data_file_name(1), "_ARRAY_CHECKSUMS.1"):
+        (ours / name).write_bytes((theirs / name).read_bytes())
+    with pytest.raises(CorruptCheckpointError, match=r"_ARRAY_CHECKSUMS\.1: checksum"):
+        Database(str(ours)).read(["a"])
+    Database(str(ours)).read_regions({"a": [((0, 256), (0, 512))]})  # which is all in the first process's file
 
 
 @pytest.mark.parametrize("chunk_shape", [(4096, 4096), (512, 4096), (64, 4096), (4096, 4)])

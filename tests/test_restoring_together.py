@@ -127,6 +127,7 @@ def test_an_empty_run_is_empty_for_all(reports: Any) -> None:
     for report in reports:
         assert report["empty"] == [True, 0]
         assert report["init"] == [1.0, 1.0]
+        assert report["begin as run"] == report["begin as run/2"] == [[], 0]
 
 
 def test_a_directory_that_is_not_shared_is_told(reports: Any) -> None:

@@ -151,10 +151,9 @@ class Database:
 
     def _chunk(self, name: str, overlap: Overlap) -> int:
         """The number of a chunk's value."""
-        suffix = ".".join(map(str, overlap.position)) or "0"
-        number = self._numbers.get(array_key(name, suffix))
+        number = self._numbers.get(array_key(name, overlap.suffix))
         if number is None:
-            raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {suffix}")
+            raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {overlap.suffix}")
         return number
 
     def _fill(self, parts: Sequence[_Part]) -> None:

@@ -17,12 +17,12 @@ class Overlap(NamedTuple):
     """What a region and a chunk have in common.
 
     Attributes:
-      position: of the chunk in the grid.
+      suffix: of the chunk's key, its position in the grid.
       in_chunk: where it is in the chunk.
       in_region: where it is in the region.
     """
 
-    position: tuple[int, ...]
+    suffix: str
     in_chunk: Slices
     in_region: Slices
 
@@ -74,14 +74,16 @@ def overlaps(region: Region, chunk_shape: tuple[int, ...]) -> list[Overlap]:
     """The chunks that a region needs, and what of each; most arrays of a state share a few shapes.
 
     >>> for overlap in overlaps(((3, 9),), (4,)):
-    ...     print(overlap.position, overlap.in_chunk, overlap.in_region)
-    (0,) (slice(3, 4, None),) (slice(0, 1, None),)
-    (1,) (slice(0, 4, None),) (slice(1, 5, None),)
-    (2,) (slice(0, 1, None),) (slice(5, 6, None),)
+    ...     print(overlap.suffix, overlap.in_chunk, overlap.in_region)
+    0 (slice(3, 4, None),) (slice(0, 1, None),)
+    1 (slice(0, 4, None),) (slice(1, 5, None),)
+    2 (slice(0, 1, None),) (slice(5, 6, None),)
     """
     axes = [_axis_overlaps(start, stop, size) for (start, stop), size in zip(region, chunk_shape, strict=True)]
     return [
-        Overlap(tuple([n for n, _, _ in cut]), tuple([c for _, c, _ in cut]), tuple([r for _, _, r in cut]))
+        Overlap(
+            ".".join([str(n) for n, _, _ in cut]) or "0", tuple([c for _, c, _ in cut]), tuple([r for _, _, r in cut])
+        )
         for cut in itertools.product(*axes)
     ]
 
