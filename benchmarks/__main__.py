@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-TABLES = ("save", "restore", "blocking", "interference", "hook", "growth")
+TABLES = ("save", "restore", "blocking", "interference", "hook", "growth", "processes")
 
 
 def main(argv: Sequence[str]) -> int:
