@@ -11,6 +11,7 @@ Nothing here uses a device, so that a background thread may wait while the main 
 from __future__ import annotations
 
 import collections
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Self
@@ -21,11 +22,12 @@ from ckpt_hooks.processes import DEFAULT_BARRIER_TIMEOUT_SECS, MultiprocessingOp
 
 __all__ = ["OperationBarriers", "Together"]
 
-_FIRST_PAUSE_SECS = 0.001
+_FIRST_PAUSE_SECS = 0.02  # until one looks whether somebody has failed; who comes is known at once
 _LONGEST_PAUSE_SECS = 0.05
 _GOES_ON, _FAILED, _DISAGREES, _IS_LATE = "go on", "failed", "disagrees", "late"
 _GRACE_SECS = 5.0  # for the leader's answer to reach a process that began to wait before the leader did
 _MAX_NAMED = 20  # processes in a message
+_random = random.Random()  # of its own: a user's seeded numbers stay what they are
 
 _Judge = Callable[[Mapping[int, str]], tuple[str, str]]  # {process: what it said}, but for the leader, to an answer
 
@@ -173,11 +175,14 @@ class OperationBarriers:
             if failures:
                 return _FAILED, _some(list(failures.values()), "; ")
             claims = {int(process): said for process, said in processes.published(f"{self._key}/at/{name}/").items()}
-            if others <= claims.keys():
+            missing = others - claims.keys()
+            if not missing:
                 return judge(claims)
             if time.monotonic() > deadline:
-                return _IS_LATE, self._missing(name, sorted(others - claims.keys()))
-            time.sleep(pause_secs)
+                return _IS_LATE, self._missing(name, sorted(missing))
+            # The call returns at once when that process comes. One at random: when it does, half of the others that
+            # were missing have come too, in whatever order they come, so that all lines are read a few times only.
+            processes.wait_for(f"{self._key}/at/{name}/{_random.choice(list(missing))}", pause_secs)
             pause_secs = min(2 * pause_secs, _LONGEST_PAUSE_SECS)
 
     def _missing(self, name: str, absent: list[int]) -> str:
