@@ -5,8 +5,10 @@
     python -m attacks.mutations --only=commit.py --sample=10 --seed=1
 
 Works on a copy of the repository. A mutation removes one thing, found in the syntax tree: a call that syncs, renames,
-locks, waits or checks; a check whose answer becomes "all is well"; or an `if` that raises. Then the tests of that
-module run until the first that fails. One that survives is a safety that nobody would miss: exit code 1.
+locks, waits or checks; a check whose answer becomes "all is well"; or an `if` that raises. The tests run once to see
+which of them passes through which line, so that no module can be forgotten (`--passages` keeps that in a folder). Then,
+for each mutation, those that pass there run until the first that fails. One that survives is a safety that nobody would
+miss: exit code 1; but for those in `EQUIVALENT`, whose absence nobody could tell, each with its reason.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +28,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["Mutation", "mutations_of", "try_mutation"]
+from attacks.forked import run_forked
+from attacks.passages import Passages, read_passages, through
+from attacks.trials import REPOSITORY, Copy, import_what_tests_need, record
 
-REPOSITORY = Path(__file__).parents[1]
+__all__ = ["Judge", "Mutation", "all_mutations", "mutations_of"]
+
 PACKAGE = "ckpt_hooks"
-COPIED = ("ckpt_hooks", "tests", "attacks", "benchmarks", "examples", "configs", "docs")
-COPIED_FILES = ("pyproject.toml", "README.md", "ARCHITECTURE.md", "CHANGELOG.md")
-TIMEOUT_SECS = 300
+_FEW = 30  # tests that run first, so that others need not even be imported
+_PATIENCE_SECS = 150.0  # of tests for one mutation, by what they took when they were recorded
+_SEES_SYNCS = re.compile("test_commit_order|test_attacks_power_loss")
 
 # Calls without whose effect a crash, a power cut, a second writer or damage would do harm.
 EFFECTS = frozenset(
@@ -72,44 +76,9 @@ DURABILITY = frozenset({"fsync", "fdatasync", "sync_file", "sync_directory", "sy
 # `if ...: raise` in these files; elsewhere a guard protects an argument and not a checkpoint.
 GUARDED = re.compile(r"storage/(?!foreign)|temporary_paths|checkpointer|manager|run|restoring|reading|loading|matching")
 
-# {module: the tests that are about it, the likeliest first}; the rest of the list is tried for every module.
-TESTS = {
-    "storage/commit.py": [
-        "storage",
-        "commit_order",
-        "temporary_paths",
-        "checkpointer",
-        "attacks_power_loss",
-        "bad_input",
-    ],
-    "storage/checksums.py": ["storage", "bad_input", "manager", "where_orbax_fails"],
-    "storage/reader.py": ["storage", "bad_input"],
-    "storage/writer.py": ["storage", "bad_input", "checkpointer"],
-    "storage/ocdbt.py": ["storage", "orbax_reads_ours", "we_read_orbax"],
-    "storage/layout.py": ["storage"],
-    "temporary_paths.py": [
-        "temporary_paths",
-        "commit_order",
-        "checkpointer",
-        "reading_while_written",
-        "attacks_power_loss",
-    ],
-    "checkpointer.py": ["checkpointer", "async_checkpointer", "temporary_paths", "hook"],
-    "manager.py": ["manager", "readers_of_a_run", "retention", "hook", "commit_order"],
-    "run.py": ["manager", "readers_of_a_run", "commit_order", "bad_input"],
-    "restoring.py": ["reading_while_written", "manager", "train_state", "bad_input", "we_read_orbax"],
-    "reading.py": ["reading_while_written", "safeties", "checkpointer", "bad_input"],
-    "metadata.py": ["metadata", "async_checkpointer"],
-    "matching.py": ["train_state"],
-    "loading.py": ["train_state", "storage", "bad_input", "we_read_orbax"],
-    "leaves.py": ["train_state", "zoo"],
-    "tree.py": ["train_state", "zoo"],
-    "handlers/composite.py": ["composite", "bad_input"],
-    "handlers/pytree.py": ["train_state", "async_checkpointer", "storage"],
-    "hook.py": ["hook", "preemption"],
-    "processes.py": ["checkpointer"],
-}
-FOR_ALL = ["safeties", "manager", "attacks_histories", "attacks_machine"]
+
+# {mutation: why nobody could tell that it is gone}
+EQUIVALENT: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +91,8 @@ class Mutation:
       code: what is removed, in one line.
       new: what stands there instead.
       start, end: where the old code is, in bytes.
+      lines: where it is, in lines.
+      at_work: the line that is reached where it makes a difference: of a guard, the one that raises.
       is_durable: whether only a power cut would show it.
     """
 
@@ -131,6 +102,8 @@ class Mutation:
     new: str
     start: int
     end: int
+    lines: range
+    at_work: int
     is_durable: bool = False
 
     def applied_to(self, source: bytes) -> bytes:
@@ -184,20 +157,29 @@ class _Finder:
             # What follows an `elif` or `else` stays what it is.
             new = "pass" if not node.orelse else None
             if new is None:
-                yield self._mutation(node.test, place, "False", shown=f"if {ast.unparse(node.test)}: raise")
+                shown = f"if {ast.unparse(node.test)}: raise"
+                yield self._mutation(node.test, place, "False", shown=shown, at_work=node.body[-1].lineno)
             else:
-                yield self._mutation(node, place, new)
+                yield self._mutation(node, place, new, at_work=node.body[-1].lineno)
 
     def _mutation(
-        self, node: ast.expr | ast.stmt, place: str, new: str, *, is_durable: bool = False, shown: str = ""
+        self,
+        node: ast.expr | ast.stmt,
+        place: str,
+        new: str,
+        *,
+        is_durable: bool = False,
+        shown: str = "",
+        at_work: int | None = None,
     ) -> Mutation:
         assert node.end_lineno is not None and node.end_col_offset is not None
         start = self._line_starts[node.lineno - 1] + node.col_offset
         end = self._line_starts[node.end_lineno - 1] + node.end_col_offset
         if self._source[start:end].startswith(b"elif"):
             new = "elif False: pass"
+        lines = range(node.lineno, node.end_lineno + 1)
         code = re.sub(r"\s+", " ", shown or ast.unparse(node))
-        return Mutation(self._module, place, code[:90], new, start, end, is_durable)
+        return Mutation(self._module, place, code[:90], new, start, end, lines, at_work or node.lineno, is_durable)
 
 
 def _called(call: ast.Call) -> str:
@@ -218,60 +200,40 @@ def all_mutations(package: Path) -> list[Mutation]:
     return found
 
 
-def copy_repository(target: Path) -> None:
-    """What the tests need, where it can be changed."""
-    for name in COPIED:
-        if (REPOSITORY / name).is_dir():
-            shutil.copytree(REPOSITORY / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in COPIED_FILES:
-        shutil.copy(REPOSITORY / name, target / name)
+class Judge:
+    """Which test notices that a safety is gone: of those that pass there, the quickest first.
 
+    Args:
+      copy: where it is removed.
+      passages: which test passes through which line of that copy.
+    """
 
-def try_mutation(mutation: Mutation, copy: Path) -> str:
-    """Which test fails without that safety; "" if none does."""
-    path = copy / PACKAGE / mutation.module
-    source = path.read_bytes()
-    try:
-        path.write_bytes(mutation.applied_to(source))
-        for name in _test_files(mutation, copy):
-            failed = _run_tests(copy, name)
-            if failed:
-                return failed
-    finally:
-        path.write_bytes(source)
-    return ""
+    def __init__(self, copy: Copy, passages: Passages) -> None:
+        self._copy = copy
+        self._passages = passages
 
-
-def _test_files(mutation: Mutation, copy: Path) -> list[str]:
-    names = dict.fromkeys([*TESTS.get(mutation.module, ()), *FOR_ALL])
-    return [f"tests/test_{name}.py" for name in names if (copy / "tests" / f"test_{name}.py").exists()]
-
-
-def _run_tests(copy: Path, test_file: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", test_file]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
-        process = subprocess.Popen(
-            [*command, f"--basetemp={scratch}/tests"],
-            cwd=copy,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_SECS)
-        except subprocess.TimeoutExpired:
-            return f"{test_file} (does not end)"
-        finally:
-            if process.poll() is None:  # also where somebody interrupts the sweep
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-    if process.returncode == 0:
+    def killer(self, mutation: Mutation) -> str:
+        """The test that fails without it; "" if none does."""
+        source = (self._copy.folder / PACKAGE / mutation.module).read_bytes()
+        tests = self._tests(mutation)
+        with self._copy.changed(mutation.module, mutation.applied_to(source)):
+            for batch in (tests[:_FEW], tests[_FEW:]):
+                failed = self._copy.first_failure(batch) if batch else ""
+                if failed:
+                    return failed
         return ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-    return failed[1] if failed else f"{test_file} (exit code {process.returncode})"
+
+    def _tests(self, mutation: Mutation) -> list[str]:
+        passing = through(self._passages, mutation.module, mutation.lines, mutation.at_work)
+        if mutation.is_durable:  # what a lost sync does, only a lost power shows
+            passing.sort(key=lambda passage: not _SEES_SYNCS.search(passage.test))
+        left_secs = _PATIENCE_SECS
+        chosen = []
+        for passage in passing:
+            left_secs -= passage.took_secs
+            if left_secs > 0:
+                chosen.append(passage.test)
+        return chosen
 
 
 # ------------------------------------------------------------------ reporting
@@ -283,6 +245,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only mutations with this text in their line")
     parser.add_argument("--sample", type=int, help="only so many, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side (default: one a processor)")
+    parser.add_argument("--passages", type=Path, help="where to keep, or find, which test passes through which line")
     args = parser.parse_args()
     mutations = [mutation for mutation in all_mutations(REPOSITORY / PACKAGE) if args.only in str(mutation)]
     if args.sample is not None and args.sample < len(mutations):
@@ -293,23 +257,44 @@ def main() -> int:
         print(f"{len(mutations)} mutations")
         return 0
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        copy_repository(Path(folder))
-        return _try_all(mutations, Path(folder))
-
-
-def _try_all(mutations: list[Mutation], copy: Path) -> int:
-    verdicts: Counter[str] = Counter()
-    begin_secs = time.monotonic()
-    print("| place | removed | killed by |\n| --- | --- | --- |", flush=True)
-    for mutation in mutations:
-        killer = try_mutation(mutation, copy)
-        verdict = "killed" if killer else "SURVIVED (durability)" if mutation.is_durable else "SURVIVED"
-        verdicts[verdict] += 1
-        code = mutation.code.replace("|", "\\|")
-        print(f"| {mutation.module} `{mutation.place}` | `{code}` | {killer or verdict} |", flush=True)
+        passages = _passages(args.passages, Path(folder), args.jobs)
+        print("| place | removed | killed by |\n| --- | --- | --- |", flush=True)
+        import_what_tests_need()
+        begin_secs = time.monotonic()
+        shares = [mutations[number :: args.jobs] for number in range(min(args.jobs, len(mutations)))]
+        tasks = [functools.partial(_try_all, share, passages) for share in shares]
+        verdicts = sum(run_forked(tasks), Counter[str]())
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     print(f"\n{len(mutations)} mutations in {time.monotonic() - begin_secs:.0f} s: {told}")
-    return int(verdicts["killed"] < len(mutations))
+    return int(any(verdict.startswith("SURVIVED") for verdict in verdicts))
+
+
+def _passages(kept: Path | None, scratch: Path, jobs: int) -> Passages:
+    """Those that are kept there, or recorded now, which takes as long as the tests."""
+    if kept is None:
+        return record(scratch, jobs)
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(prefix="recorded-", dir=scratch) as folder:
+            record(Path(folder), jobs)
+            shutil.copytree(Path(folder) / "passages", kept)
+    return read_passages(kept)
+
+
+def _try_all(mutations: list[Mutation], passages: Passages) -> Counter[str]:
+    """How many had which verdict; prints a line for each."""
+    verdicts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="mutated-", ignore_cleanup_errors=True) as folder:
+        judge = Judge(Copy(Path(folder)), passages)
+        for mutation in mutations:
+            reason = EQUIVALENT.get(str(mutation), "")
+            killer = "" if reason else judge.killer(mutation)
+            survived = "SURVIVED (durability)" if mutation.is_durable else "SURVIVED"
+            verdict = "equivalent" if reason else "killed" if killer else survived
+            verdicts[verdict] += 1
+            code = mutation.code.replace("|", "\\|")
+            told = killer or (f"equivalent: {reason}" if reason else survived)
+            print(f"| {mutation.module} `{mutation.place}` | `{code}` | {told} |", flush=True)
+    return verdicts
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import ckpt_hooks
-from attacks.mutations import EFFECTS, TESTS, Mutation, all_mutations, copy_repository, mutations_of, try_mutation
+from attacks.mutations import EFFECTS, EQUIVALENT, Judge, Mutation, all_mutations, mutations_of
+from attacks.passages import Passages, through
+from attacks.trials import Copy, record
 
 PACKAGE = Path(ckpt_hooks.__file__).parent
-TESTS_FOLDER = Path(__file__).parent
 
 SOURCE = """
 class Reader:
@@ -69,24 +70,43 @@ def test_the_durable_commit_is_among_what_is_mutated() -> None:
     assert removed & EFFECTS
 
 
-def test_the_tests_that_are_to_notice_exist() -> None:
-    """The table names modules and test files that there are."""
-    assert not [module for module in TESTS if not (PACKAGE / module).exists()]
-    later = {"attacks_power_loss"}
-    names = {name for tests in TESTS.values() for name in tests} - later
-    assert not [name for name in names if not (TESTS_FOLDER / f"test_{name}.py").exists()]
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Passages:
+    """Which test of the order of a commit passes through which line, in the processes that they start too."""
+    return record(tmp_path_factory.mktemp("recorded"), 1, ["tests/test_commit_order.py", "tests/test_listing.py"])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("code", ["os.fsync(descriptor)", "os.rename(path, doomed)", "if found != saved: raise"])
-def test_a_removed_safety_is_missed(tmp_path: Path, code: str) -> None:
+def test_who_passes_there_is_asked_and_nobody_else(recorded: Passages) -> None:
+    """The tests for a mutation are found by the lines that they pass through, in any module, the most telling first."""
+    mutation = find("os.fsync(descriptor)")
+    passing = through(recorded, mutation.module, mutation.lines, mutation.at_work)
+    assert {passage.test for passage in passing} < {passage.test for passage in recorded}
+    assert "tests/test_commit_order.py::test_an_asynchronous_save_too" in {passage.test for passage in passing}
+    assert not through(recorded, mutation.module, range(100_000, 100_001), 100_000)
+
+
+@pytest.mark.parametrize("code", ["os.fsync(descriptor)", "sync_directory(os.path.dirname(final))"])
+def test_a_removed_safety_is_missed(tmp_path: Path, recorded: Passages, code: str) -> None:
     """A test fails without it, and the copy is as it was afterwards."""
     mutation = find(code)
-    copy_repository(tmp_path)
+    copy = Copy(tmp_path)
     path = tmp_path / "ckpt_hooks" / mutation.module
-    before = path.read_bytes()
-    assert try_mutation(mutation, tmp_path).startswith("tests/test_")
-    assert path.read_bytes() == before
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    assert Judge(copy, recorded).killer(mutation).startswith("tests/test_commit_order.py::")
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_a_safety_that_nobody_misses_survives(tmp_path: Path, recorded: Passages) -> None:
+    """Where every test passes, none is named."""
+    source = (PACKAGE / "listing.py").read_bytes()
+    lines = range(1, source.count(b"\n"))
+    nothing = Mutation("listing.py", "module", "", "# nothing\n", len(source), len(source), lines, 1)
+    assert Judge(Copy(tmp_path), recorded).killer(nothing) == ""
+
+
+def test_what_is_said_to_be_equivalent_is_there() -> None:
+    """A reason is given for mutations that there are, and for no others."""
+    assert set(EQUIVALENT) <= {str(mutation) for mutation in all_mutations(PACKAGE)}
 
 
 def find(code: str) -> Mutation:
