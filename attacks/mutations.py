@@ -226,7 +226,7 @@ class Judge:
     def _tests(self, mutation: Mutation) -> list[str]:
         passing = through(self._passages, mutation.module, mutation.lines, mutation.at_work)
         if mutation.is_durable:  # what a lost sync does, only a lost power shows
-            passing.sort(key=lambda passage: not _SEES_SYNCS.search(passage.test))
+            passing.sort(key=lambda passage: not _SEES_SYNCS.search(passage.test))  # and the quicker ones first
         left_secs = _PATIENCE_SECS
         chosen = []
         for passage in passing:
@@ -284,7 +284,11 @@ def _try_all(mutations: list[Mutation], passages: Passages) -> Counter[str]:
     """How many had which verdict; prints a line for each."""
     verdicts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="mutated-", ignore_cleanup_errors=True) as folder:
-        judge = Judge(Copy(Path(folder)), passages)
+        copy = Copy(Path(folder))
+        judge = Judge(copy, passages)
+        broken = copy.first_failure([passage.test for passage in passages[:_FEW]])
+        if broken:
+            raise RuntimeError(f"{broken} fails though nothing has been removed")
         for mutation in mutations:
             reason = EQUIVALENT.get(str(mutation), "")
             killer = "" if reason else judge.killer(mutation)

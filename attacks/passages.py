@@ -118,11 +118,24 @@ def _also_at_hard_exits(owner: int) -> None:
 class _Plugin:
     def __init__(self, folder: str) -> None:
         self._folder = folder
+        self._shared: dict[str, list[list[Any]]] = {}  # {file: lines}
         self._children = tempfile.mkdtemp(prefix="children-", dir=folder)
         (Path(self._children) / "sitecustomize.py").write_text(_TRACED_AT_START)
         os.environ[FOLDER] = self._children
         os.environ["PYTHONPATH"] = f"{self._children}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         _also_at_hard_exits(owner=os.getpid())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[None]:
+        """What a fixture of a whole file passes, all its tests depend on."""
+        before, _tracer.seen = _tracer.seen, set()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":
+                file = str(request.node.nodeid).partition("::")[0]
+                self._shared.setdefault(file, []).extend([*_tracer.lines(), *self._of_children()])
+            _tracer.seen |= before
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -134,7 +147,8 @@ class _Plugin:
         finally:
             sys.settrace(None)
             took_secs = time.monotonic() - begin_secs
-            lines = [*_tracer.lines(), *self._of_children()]
+            shared = self._shared.get(item.nodeid.partition("::")[0], [])
+            lines = [*_tracer.lines(), *self._of_children(), *shared]
             _write(self._folder, "test", {"test": item.nodeid, "took_secs": took_secs, "lines": lines})
 
     def _of_children(self) -> Iterator[list[Any]]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,8 @@ __all__ = ["Copy", "record"]
 REPOSITORY = Path(__file__).parents[1]
 COPIED = ("ckpt_hooks", "tests", "attacks", "benchmarks", "examples", "configs", "docs")
 COPIED_FILES = ("pyproject.toml", "README.md", "ARCHITECTURE.md", "CHANGELOG.md")
-TRIAL_SECS = 300
-TEST_SECS = 60  # of one test; without a safety, some wait for ever
+TRIAL_SECS = 1200
+TEST_SECS = 120  # of one test; without a safety, some wait for ever
 _IMPORTED = (
     "jax",
     "optax",
@@ -83,8 +84,10 @@ class Copy:
         if status == 0:
             return ""
         failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - |$)", text, re.MULTILINE)
+        if failed:
+            return failed[1] + (" (does not end)" if "Failed: Timeout" in text else "")
         begun = re.findall(r"^(tests/\S+) ", text, re.MULTILINE)
-        return failed[1] if failed else f"{begun[-1] if begun else tests[0]} ({_ending(status)})"
+        return f"{begun[-1] if begun else tests[0]} ({_ending(status)})"
 
     def _run(self, tests: Sequence[str], output: Path, scratch: str) -> NoReturn:
         code: object = 1
@@ -100,10 +103,14 @@ class Copy:
             for name in [name for name in sys.modules if name.partition(".")[0] in _OWN]:
                 del sys.modules[name]
             options = ["-x", "-v", "--no-header", "--tb=line", "-rfE", f"--timeout={TEST_SECS}"]
-            plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+            # A plugin that is imported already is not rewritten, which does not matter.
+            plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
             code = importlib.import_module("pytest").main([*options, *plugins, f"--basetemp={scratch}/t", *tests])
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(int(code))  # type: ignore[call-overload]
 
 

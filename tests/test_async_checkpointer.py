@@ -182,7 +182,7 @@ def test_directory_that_cannot_be_made_is_reported_at_once(tmp_path: Path, check
 @pytest.mark.parametrize("timeout_secs", [0, -1, -0.5])
 def test_timeout_must_be_positive(timeout_secs: float) -> None:
     """A timeout that is not above zero is a ValueError that names it."""
-    with pytest.raises(ValueError, match="timeout_secs"):
+    with pytest.raises(ValueError, match=r"^timeout_secs"):
         AsyncCheckpointer(StandardCheckpointHandler(), timeout_secs=timeout_secs)
 
 
@@ -199,6 +199,17 @@ def test_options_are_those_of_checkpointer(tmp_path: Path) -> None:
         metadata = checkpointer.metadata(tmp_path / "c")
     assert metadata.custom_metadata == {"epoch": 1}
     assert metadata.init_timestamp_nsecs and metadata.commit_timestamp_nsecs
+
+
+def test_waiting_includes_what_a_background_store_was_given(tmp_path: Path) -> None:
+    """What a user gave to a store that writes in the background is waited for, and its error is raised."""
+    store = metadata_store(enable_write=True, blocking_write=False)
+    with AsyncCheckpointer(StandardCheckpointHandler(), checkpoint_metadata_store=store) as checkpointer:
+        store.write(tmp_path / "nowhere" / "_CHECKPOINT_METADATA", {"metrics": {"loss": 0.5}})
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            checkpointer.wait_until_finished()
+        checkpointer.wait_until_finished()
+    store.close()
 
 
 def test_events_tell_start_success_and_failure(
