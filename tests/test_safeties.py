@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ckpt_hooks import Checkpointer, CheckpointManager, StandardCheckpointHandler
+from ckpt_hooks import (
+    AsyncCheckpointer,
+    Checkpointer,
+    CheckpointManager,
+    StandardCheckpointHandler,
+    metadata_store,
+)
 from ckpt_hooks.errors import CorruptCheckpointError, ItemNotFoundError
 from ckpt_hooks.restoring import restore_checkpoint
+from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.commit import DirectoryLock
-from ckpt_hooks.temporary_paths import AtomicRenameTemporaryPath, CommitFileTemporaryPath, TemporaryPath
+from ckpt_hooks.temporary_paths import (
+    AtomicRenameTemporaryPath,
+    CommitFileTemporaryPath,
+    NestedTemporaryPath,
+    TemporaryPath,
+)
 
 STATE = {"params": np.arange(500.0), "step": 1}
 
@@ -61,3 +79,104 @@ def test_a_checkpoint_without_items_has_parts_and_no_objects(tmp_path: Path) -> 
     assert restore_checkpoint(str(tmp_path / "1"), items=["b"])[0] == {"b": 1}
     with pytest.raises(ItemNotFoundError, match="nothing is saved at 'x'"):
         restore_checkpoint(str(tmp_path / "1"), items=["x"])
+
+
+# ------------------------------------------------------------------ replacing and removing
+
+
+def test_a_checkpoint_that_is_replaced_never_lacks_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that can exchange two names, a forced save has no instant without a checkpoint."""
+    final, missing = tmp_path / "7", []
+
+    def watched(call: Callable[..., None]) -> Callable[..., None]:
+        def watch(*args: object, **options: object) -> None:
+            call(*args, **options)
+            missing.extend([] if final.exists() else [args])
+
+        return watch
+
+    with Checkpointer(StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(final, STATE)
+        for name in ("rename", "fsync", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, watched(getattr(os, name)))
+        checkpointer.save(final, {**STATE, "step": 2}, force=True)
+        assert checkpointer.restore(final)["step"] == 2
+    assert missing == []
+
+
+def test_what_a_disk_kept_is_removed_by_the_next_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removal that failed is tried again, once it can be done; but not while a writer uses that name again."""
+    run, kept = tmp_path / "run", tmp_path / "run" / f"1{commit.TMP_SUFFIX}"
+    kept.mkdir(parents=True)
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(OSError, match="Input/output"):
+            commit.remove_tree(str(kept))
+    with Checkpointer(StandardCheckpointHandler()) as checkpointer:
+        lock = DirectoryLock(str(kept))
+        checkpointer.save(run / "2", STATE)
+        assert kept.exists(), "a live writer has it"
+        lock.release()
+        commit._unremoved.add(str(kept))
+        checkpointer.save(run / "3", STATE)
+        assert not kept.exists()
+        kept.write_text("of somebody else")
+        checkpointer.save(run / "4", STATE)
+        assert kept.exists(), "it has been removed, and is no longer this process's to remove"
+
+
+def test_a_replacement_that_a_dead_writer_began_is_undone(tmp_path: Path) -> None:
+    """While it is being written, nobody touches it; once its writer is dead, the checkpoint before is back."""
+    final, replaced = tmp_path / "7", tmp_path / f"7.replaced{commit.TMP_SUFFIX}"
+    with Checkpointer(StandardCheckpointHandler(), temporary_path_class=CommitFileTemporaryPath) as checkpointer:
+        checkpointer.save(final, STATE)
+        commit.move_to_replaced(str(final))
+        (final / "half").mkdir(parents=True)
+        lock = DirectoryLock(str(final))
+        commit.remove_dead_temporaries(str(tmp_path))
+        assert (final / "half").exists() and replaced.exists()
+        lock.release()
+        commit.remove_dead_temporaries(str(tmp_path))
+        assert checkpointer.restore(final)["step"] == 1
+    assert os.listdir(tmp_path) == ["7"]
+
+
+@pytest.mark.parametrize("path_class", [AtomicRenameTemporaryPath, CommitFileTemporaryPath])
+def test_a_discarded_save_holds_nothing_open(tmp_path: Path, path_class: type[TemporaryPath]) -> None:
+    """Thousands of failed saves must not use up the descriptors of a process."""
+    before = len(os.listdir("/proc/self/fd"))
+    temporary = path_class.from_final(tmp_path / "7")
+    temporary.create()
+    temporary.discard()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_item_does_not_take_a_file_for_its_directory(tmp_path: Path) -> None:
+    """Another process may have made an item's directory first; a file by its name was made by somebody else."""
+    temporary = NestedTemporaryPath.from_final(tmp_path / "params")
+    (tmp_path / f"params{commit.TMP_SUFFIX}").write_text("of somebody else")
+    with pytest.raises(FileExistsError):
+        temporary.create()
+
+
+def test_a_slow_background_store_is_sealed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metadata is all there before its checksum is taken, however long a store that does not block needs."""
+    replace = commit.replace_file
+
+    def slowly(path: str, data: str, **options: Any) -> None:
+        time.sleep(0.1)
+        replace(path, data, **options)
+
+    monkeypatch.setattr(commit, "replace_file", slowly)
+    store = metadata_store(enable_write=True, blocking_write=False)
+    with AsyncCheckpointer(StandardCheckpointHandler(), checkpoint_metadata_store=store) as checkpointer:
+        checkpointer.save(tmp_path / "7", STATE, custom_metadata={"epoch": 1})
+        checkpointer.wait_until_finished()
+        assert checkpointer.restore(tmp_path / "7")["step"] == 1
+        assert checkpointer.metadata(tmp_path / "7").commit_timestamp_nsecs
+    store.close()
+    assert CheckpointManager(tmp_path).verify(7) == []
