@@ -21,6 +21,7 @@ from ckpt_hooks import (
     metadata_store,
 )
 from ckpt_hooks.errors import CorruptCheckpointError, ItemNotFoundError
+from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.restoring import restore_checkpoint
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.commit import DirectoryLock
@@ -180,3 +181,21 @@ def test_a_slow_background_store_is_sealed_too(tmp_path: Path, monkeypatch: pyte
         assert checkpointer.metadata(tmp_path / "7").commit_timestamp_nsecs
     store.close()
     assert CheckpointManager(tmp_path).verify(7) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_replaced_while_it_is_read_is_read_anew(tmp_path: Path, fails: bool) -> None:
+    """Neither a result nor an error counts that may be half of each, also where no checksums tell the two apart."""
+    path, reads = tmp_path / "7", []
+    path.mkdir()
+
+    def read() -> int:
+        reads.append(path)
+        if len(reads) == 1:
+            path.rename(tmp_path / "before")
+            path.mkdir()
+            if fails:
+                raise ValueError("half of each")
+        return len(reads)
+
+    assert read_unchanged(str(path), read) == 2
