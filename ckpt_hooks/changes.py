@@ -125,6 +125,18 @@ class Changes:
         # What was renamed away is no longer there under its own name.
         return {name: old_of.get(name, "" if name in old_of.values() else name) for name in names}
 
+    def require_renamed_items(self, saved: Iterable[str]) -> None:
+        """Raises InvalidArgumentError where `rename` has a path in an item that was not saved."""
+        known = sorted(saved)
+        for old in self.rename if isinstance(self.rename, Mapping) else ():
+            item = old.split("/")[0]
+            if item not in known:
+                meant = tree.nearest(item, known)
+                hint = f"; is it {'/'.join([meant, *old.split('/')[1:]])!r}?" if meant else "."
+                raise InvalidArgumentError(
+                    f"rename=: nothing is saved at {old!r}{hint} A path begins with its item, which is one of {known}."
+                )
+
     # -------------------------------------------------------------- one item
 
     @property

@@ -327,6 +327,8 @@ class _Checkpoint:
 
     def parts_of(self, like: Any, asked: list[str] | None, objects: Mapping[str, Any]) -> dict[str, Any]:
         """{item: the part of `like` that it is restored into}."""
+        if not self.single_item:
+            self.changes.require_renamed_items(self.saved)
         parts = train_state.split(like)
         wanted = parts if asked is None else train_state.parts_of(like, asked)
         saved = self.changes.saved_items(wanted)

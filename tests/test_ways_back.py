@@ -123,6 +123,9 @@ def test_an_item_is_renamed(manager: CheckpointManager) -> None:
 @pytest.mark.parametrize(
     ("rename", "error", "text"),
     [
+        ({"head/kernel": "head/w"}, InvalidArgumentError, r"saved at 'head/kernel'\. A path begins with its"),
+        ({"parms/head": "parms/h"}, InvalidArgumentError, "nothing is saved at 'parms/head'; is it 'params/head'?"),
+        ({"stat": "statistics"}, InvalidArgumentError, "nothing is saved at 'stat'; is it 'stats'?"),
         ({"params/encoda": "params/body"}, InvalidArgumentError, "nothing is saved at 'params/encoda'; is it"),
         ({"params/head/kernel": "stats/kernel"}, InvalidArgumentError, "a leaf stays in its item"),
         ({"params": "stats/x"}, InvalidArgumentError, "a leaf stays in its item"),
