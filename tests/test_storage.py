@@ -139,6 +139,13 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
         Database(str(tmp_path / "i")).read(["a"])
 
 
+def test_an_array_that_the_index_lacks_is_damage(tmp_path: Path) -> None:
+    """So that a restore falls back to an older checkpoint, which it does for no other kind of error."""
+    write_item(tmp_path / "i", {"a": np.arange(10_000)})
+    with pytest.raises(CorruptCheckpointError, match="no array 'b'"):
+        Database(str(tmp_path / "i")).info("b")
+
+
 def test_every_flipped_bit_of_an_item_is_found_or_harmless(tmp_path: Path) -> None:
     """Whatever single bit flips in any file of an item, no wrong value comes back."""
     arrays: Arrays = {"w": np.arange(300, dtype=np.float32), "s": np.array(2.5, np.float32)}
