@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ckpt_hooks import MultiprocessingOptions
+from ckpt_hooks import CheckpointManager, MultiprocessingOptions
 from tests import together
 from tests.process_groups import Nursery
 
@@ -139,3 +141,44 @@ def test_what_is_the_same_in_all_processes_is_written_once(nursery: Nursery, tmp
         for rank in (1, 2, 3)
         for name in (f"_ARRAY_CHECKSUMS.{rank}", f"d/{rank:032x}")
     )
+
+
+# ------------------------------------------------------------------ SIGKILL
+
+
+@pytest.mark.parametrize(("count", "victim"), [(2, 1), (4, 3), (2, 0)])
+def test_a_process_that_is_killed_in_a_save_is_named_and_the_run_goes_on(
+    nursery: Nursery, tmp_path: Path, count: int, victim: int
+) -> None:
+    """Killed before staging, while writing, before the commit barrier or after the commit: the others fail in time,
+    what was committed stays, and a restart resumes from it and clears up.
+    """
+    # JAX itself aborts those that are left when a heartbeat is missing: later than our barriers notice.
+    patient = {"heartbeat_timeout_seconds": 60}
+    newest = []
+    for phase in together.PHASES:
+        start_secs = time.monotonic()
+        folder = tmp_path / phase
+        ended = nursery.run_group(together.killed, folder, count, victim, phase, initialize=patient)
+        assert time.monotonic() - start_secs < 30
+        assert ended.pop(victim).code == -signal.SIGKILL
+        for process in ended:
+            if victim == 0:  # the coordination service died with it, and JAX aborts who had it
+                assert process.code == -signal.SIGABRT, process.log
+                continue
+            assert process.code == 0, process.log
+            first, second = process.report
+            text, secs = second if phase == "after the commit" else first
+            assert f"did not come: [{victim}]" in text, text
+            assert secs < 15
+        manager = CheckpointManager(folder / "run")
+        # Retention is process 0's, which is alive to do it, or died before.
+        is_committed = phase == "after the commit"
+        assert manager.steps() == ([1] if not is_committed else [2] if victim else [1, 2])
+        assert [manager.verify(step) for step in manager.steps()] == [[]] * len(manager.steps())
+        newest.append([manager.latest_step(), True])
+    for process in nursery.run_group(together.resumed, tmp_path, 2, together.PHASES):
+        assert process.code == 0, process.log
+        assert process.report == newest
+    for phase in together.PHASES:
+        assert all(name.isdigit() for name in os.listdir(tmp_path / phase / "run"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +182,62 @@ def synced_and_written(folder: Path) -> dict[str, list[str]]:
     below = [os.path.relpath(path, final) for path in names if path.is_relative_to(final)]
     present = [os.path.relpath(path, final) for path in final.rglob("*") if path.is_file()]
     return {"synced": sorted(below), "present": sorted(present)}
+
+
+# ------------------------------------------------------------------ SIGKILL
+
+PHASES = ["before staging", "while writing", "before the commit barrier", "after the commit"]
+
+
+def killed(folder: Path, victim: int, phase: str) -> Any:
+    """Step 1 is committed, and in the save of step 2 the victim is killed; the others say what became of them."""
+    options = ckpt_hooks.MultiprocessingOptions(barrier_timeout_secs=1.5)
+    with ckpt_hooks.CheckpointManager(folder / "run", keep=1, multiprocessing_options=options) as manager:
+        manager.save(1, state_at(1))
+        manager.wait()
+        if jax.process_index() == victim:
+            _die_in(phase)
+
+        def save(step: int) -> None:
+            manager.save(step, state_at(step))
+            manager.wait()
+
+        # The second is for those that had passed the last barrier when the victim died.
+        return [error_of(functools.partial(save, step)) for step in (2, 3)]
+
+
+def _die_in(phase: str) -> None:
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(event: str, duration_secs: float, **details: Any) -> None:
+        named = event.rpartition("/")[2] + str(details.get("key", ""))
+        if phase == "before the commit barrier" and named.startswith("items_duration"):
+            die()
+        is_last = "async_commit_complete" in named or named.startswith("commit_duration")
+        if phase == "after the commit" and is_last:
+            die()
+
+    def half_a_write(descriptor: int, content: Any, position: int) -> int:
+        write(descriptor, content[: len(content) // 2], position)
+        die()
+        return 0
+
+    if phase == "before staging":
+        die()
+    if phase == "while writing":
+        write, os.pwrite = os.pwrite, half_a_write
+    jax.monitoring.register_event_duration_secs_listener(after)
+
+
+def resumed(folder: Path, names: list[str]) -> Any:
+    """Each run goes on from its newest checkpoint, and clears up after the dead."""
+    found = []
+    for name in names:
+        with ckpt_hooks.CheckpointHook(folder / name / "run", every_n_steps=1, keep=2, timeout_secs=30) as hook:
+            state = hook.restore(state_at(0))
+            step = hook.start_step
+            is_right = is_at(state, step)
+            hook(step + 1, state_at(step + 1))
+        found.append([step, is_right])
+    return found
