@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ckpt_hooks import CheckpointManager, MultiprocessingOptions
@@ -182,3 +183,45 @@ def test_a_process_that_is_killed_in_a_save_is_named_and_the_run_goes_on(
         assert process.report == newest
     for phase in together.PHASES:
         assert all(name.isdigit() for name in os.listdir(tmp_path / phase / "run"))
+
+
+# ------------------------------------------------------------------ storage of one's own, groups
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_process_may_have_storage_of_its_own(nursery: Nursery, tmp_path: Path, count: int) -> None:
+    """primary_host=None: each directory has this process's shards alone, and all restore the newest step that all have.
+
+    Such a process writes alone, so its arrays may be compressed.
+    """
+    ended = nursery.run_group(together.own_storage, tmp_path, count)
+    for process in ended:
+        assert process.code == 0, process.log
+        assert process.report == {
+            "fresh": 0,
+            "steps": [20, 30],
+            "problems": [[], []],
+            "restored": [True, 20],
+            "again": [20, 30],
+            "at 30": True,
+        }
+    sizes = [
+        path.stat().st_size for path in tmp_path.glob("disk_*/run/30/params/d/*")
+    ]  # of the second hook, which does not compress
+    assert len(sizes) == count
+    assert max(sizes) < 64 * 48 * 4 / count + 4096
+
+
+def test_groups_of_processes_save_runs_of_their_own(nursery: Nursery, tmp_path: Path) -> None:
+    """active_processes: each half has its primary, counts its operations, and refuses what is not its own."""
+    for number, process in enumerate(nursery.run_group(together.groups, tmp_path, 4)):
+        assert process.code == 0, process.log
+        outside, stranger = process.report.pop("outside"), process.report.pop("stranger")
+        assert outside.startswith("UnsupportedLeafError: the state: parts of this array are only in processes"), outside
+        assert f"process {number} is not one of active_processes" in stranger
+        assert set(process.report.values()) == {True}, process.report
+    assert sorted(os.listdir(tmp_path / "run_0")) == ["1", "2"]
+    assert sorted(os.listdir(tmp_path / "run_2")) == ["1", "2", "3", "4", "5"]
+    restored = CheckpointManager(tmp_path / "run_2").restore(items=("w", "seed"))
+    assert restored["seed"] == 3
+    assert (restored["w"].ravel() == np.arange(64.0) + 3 + 5).all()

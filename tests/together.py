@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -241,3 +242,95 @@ def resumed(folder: Path, names: list[str]) -> Any:
             hook(step + 1, state_at(step + 1))
         found.append([step, is_right])
     return found
+
+
+# ------------------------------------------------------------------ storage of one's own, groups
+
+
+def own_storage(folder: Path) -> Any:
+    """Each process has a directory of its own, also at a path of its own; then one of them loses its newest step."""
+    options = ckpt_hooks.MultiprocessingOptions(primary_host=None)
+    own = folder / f"disk_{jax.process_index()}" / "run"
+    found: dict[str, Any] = {}
+    with ckpt_hooks.CheckpointHook(
+        own, every_n_steps=10, keep=2, timeout_secs=60, multiprocessing_options=options, compression="zstd"
+    ) as hook:
+        found["fresh"] = hook.restore(state_at(0))["step"]
+        for step in range(1, 31):
+            hook(step, state_at(step))
+        hook.wait()
+        found["steps"] = hook.manager.steps()
+        found["problems"] = [hook.manager.verify(step) for step in hook.manager.steps()]
+    if jax.process_index() == jax.process_count() - 1:
+        shutil.rmtree(own / "30")
+    wait_for_all("lost")
+    with ckpt_hooks.CheckpointHook(
+        own, every_n_steps=10, keep=2, timeout_secs=60, multiprocessing_options=options
+    ) as hook:
+        found["restored"] = [is_at(hook.restore(state_at(0)), 20), hook.start_step]
+        hook(30, state_at(30))
+        hook.wait()
+        found["again"] = hook.manager.steps()
+        found["at 30"] = is_at(hook.restore(state_at(0)), 30)
+    return found
+
+
+def groups(folder: Path) -> Any:
+    """Two halves of the processes save runs of their own, side by side and not equally often; then all save one."""
+    me, count = jax.process_index(), jax.process_count()
+    half = frozenset(range(count // 2) if me < count // 2 else range(count // 2, count))
+    devices = [device for device in jax.devices() if device.process_index in half]
+    over = Mesh(np.array(devices).reshape(-1, 2), ("x", "y"))
+    primary = max(half)
+    options = ckpt_hooks.MultiprocessingOptions(
+        primary_host=primary, active_processes=half, barrier_sync_key_prefix=f"half{min(half)}"
+    )
+    values = np.arange(64.0, dtype=np.float32).reshape(8, 8) + primary
+
+    def state(step: int) -> dict[str, Any]:
+        return {"w": global_array(values + step, PartitionSpec("x", "y"), over), "seed": primary}
+
+    found: dict[str, Any] = {}
+    with ckpt_hooks.CheckpointManager(
+        folder / f"run_{min(half)}", keep=None, timeout_secs=60, multiprocessing_options=options
+    ) as manager:
+        last = 3 if me < count // 2 else 6
+        for step in range(1, last):
+            manager.save(step, state(step), data=Position(me))
+        manager.wait()
+        position = Position(-1)
+        restored = manager.restore(state(0), data=position)
+        found["restored"] = restored["seed"] == primary and all(
+            np.array_equal(np.asarray(shard.data), (values + last - 1)[shard.index])
+            for shard in restored["w"].addressable_shards
+        )
+        found["position"] = position.at == me
+        found["primary"] = manager._decides == (me == primary)
+        outside = {"w": global_array(values, PartitionSpec("x", "y")), "seed": primary}
+        found["outside"], _ = error_of(lambda: manager.save(9, outside))
+    everywhere = frozenset(range(count))
+    found["stranger"], _ = error_of(
+        lambda: ckpt_hooks.CheckpointManager(
+            folder / "other",
+            multiprocessing_options=ckpt_hooks.MultiprocessingOptions(
+                primary_host=(me + 1) % count, active_processes=everywhere - {me}
+            ),
+        )
+    )
+    with ckpt_hooks.CheckpointManager(folder / "run", timeout_secs=60) as manager:
+        manager.save(1, state_at(1))
+        found["all"] = is_at(manager.restore(state_at(0)), 1)
+    return found
+
+
+class Position:
+    """An iterator as far as checkpoints are concerned."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def get_state(self) -> int:
+        return self.at
+
+    def set_state(self, at: int) -> None:
+        self.at = at

@@ -160,9 +160,9 @@ class CompositeCheckpointHandler(CheckpointHandler):
 
     def take_part(self, options: MultiprocessingOptions) -> None:
         self._options = dataclasses.replace(self._options, multiprocessing_options=options)
-        for pinned in self._handlers.values():
-            if pinned is not None:
-                pinned.take_part(options)
+        known = [pinned.handler for pinned in self._handlers.values() if pinned is not None]
+        for handler in [*known, *(self._registry.get_all_entries().values() if self._registry else ())]:
+            getattr(handler, "take_part", _stay_out)(options)
 
     # -------------------------------------------------------------- saving
 
@@ -329,7 +329,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         if pinned is None or registered not in (None, pinned.handler):
             handler = registered or build_handler(get_registered_handler_cls(args))
             pinned = self._handlers[name] = _Handler(handler)
-            pinned.take_part(self._options.multiprocessing_options)
+            getattr(handler, "take_part", _stay_out)(self._options.multiprocessing_options)
         if registered is None and type(args) not in pinned.args_classes:
             raise InvalidArgumentError(
                 f"item {name!r}: {type(args).__qualname__} does not match with any registered handler; the item is "
@@ -370,8 +370,11 @@ class _Handler:
         self.args_classes = get_registered_args_cls(handler) if has_registered_args(handler) else ()
         self.recorded_name = recorded_name(handler)
         inherited = getattr(type(handler), "finalize", None) is CheckpointHandler.finalize
-        self.take_part = getattr(handler, "take_part", lambda options: None)
         self.finalize = None if inherited else getattr(handler, "finalize", None)
+
+
+def _stay_out(options: MultiprocessingOptions) -> None:
+    """`take_part` of handlers that have none."""
 
 
 def _check_item(name: str, args: Any) -> None:

@@ -99,13 +99,17 @@ class StandardCheckpointHandler(CheckpointHandler):
         self._memory = HostMemory(self._options.max_host_bytes)
         self._compresses = self._options.compression is not None
         self._writer_class = CompressingWriter if self._compresses else ArrayWriter
-        self.take_part(processes.MultiprocessingOptions())
+        self._writers = processes.MultiprocessingOptions().writers()
+        self._rank = self._writers.ranks.get(processes.index(), 0)
 
     def take_part(self, options: processes.MultiprocessingOptions) -> None:
         self._writers = options.writers()
         self._rank = self._writers.ranks.get(processes.index(), 0)
         if self._compresses and len(self._writers.indexes) > 1:
-            raise InvalidArgumentError("compression is for one process; with several, leave it out")
+            raise InvalidArgumentError(
+                f"compression={self._options.compression!r} is for one process, or for storage that each process has "
+                f"for itself (primary_host=None); {len(self._writers.indexes)} save together here: leave it out."
+            )
 
     def stage(self, args: StandardSaveArgs) -> StagedSave:
         plan, leaves = Plan.of(args.item, self._writers, self._compresses, args.part_of)
