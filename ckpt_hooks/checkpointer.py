@@ -116,6 +116,7 @@ class Checkpointer:
         self._handler_names = of_items or functools.partial(recorded_name, self._handler)
         getattr(self._handler, "take_part", lambda options: None)(together)
         self.failure: SaveFailedError | None = None
+        self.last_save_secs = 0.0  # from the call to the commit; of the last one that was committed
         events.record_event(events.CHECKPOINTER_INIT)
 
     # -------------------------------------------------------------- saving
@@ -236,7 +237,8 @@ class Checkpointer:
         if self._is_primary and save.on_commit is not None:
             save.on_commit()
         events.record_event(events.WRITE_SUCCESS)
-        events.record_duration_secs(events.WRITE_TOTAL_SECS, time.perf_counter() - save.start_secs)
+        self.last_save_secs = time.perf_counter() - save.start_secs
+        events.record_duration_secs(events.WRITE_TOTAL_SECS, self.last_save_secs)
 
     def _commit(self, save: _Save, path: epath.Path) -> None:
         self._store.update(

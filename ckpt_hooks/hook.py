@@ -25,6 +25,7 @@ from ckpt_hooks.errors import (
     Preempted,
     UnsupportedLeafError,
 )
+from ckpt_hooks.grace import GracePeriod
 from ckpt_hooks.graph_objects import eval_shape
 from ckpt_hooks.init_from import InitFrom
 from ckpt_hooks.manager import CheckpointManager
@@ -57,7 +58,10 @@ class CheckpointHook:
       save_on_preemption: whether one of `preemption_signals` makes the next call save, wait for the commit, and
         raise `Preempted`. A second signal ends the process at once.
       raise_on_preemption: whether that call raises; if not, `preempted` is True and the loop has to end itself.
-      preemption_signals: which signals ask the process to stop.
+      preemption_signals: which signals ask the process to stop. With several processes of `jax.distributed`, it is
+        enough that one of them gets one: all save the same step and leave.
+      grace_secs: how long after the signal the process will be killed; a log line warns as soon as it is known that
+        a save takes longer. None where that is not known.
       init_from: another run, one of its checkpoints, or an `InitFrom` that says more: while this run has no checkpoint
         of its own, `restore` and `restore_or_init` take the parameters from there, and start at step 0.
       async_save: whether training goes on while a checkpoint is written.
@@ -91,6 +95,7 @@ class CheckpointHook:
         save_on_preemption: bool = True,
         raise_on_preemption: bool = True,
         preemption_signals: Iterable[signal.Signals | int] = (signal.SIGTERM,),
+        grace_secs: float | None = None,
         init_from: Any = None,
         async_save: bool = True,
         on_save_error: Literal["raise", "warn"] = "raise",
@@ -105,6 +110,7 @@ class CheckpointHook:
             raise InvalidArgumentError(f"on_save_error is 'raise' or 'warn', got {on_save_error!r}")
         self._init_from = init_from if init_from is None or isinstance(init_from, InitFrom) else InitFrom(init_from)
         self._triggers = Triggers.checked(every_n_steps, every_secs, on_steps)
+        self._grace = None if grace_secs is None else GracePeriod(grace_secs)
         self._warns = on_save_error == "warn"
         self._raises_preempted = raise_on_preemption
         self._processes = (multiprocessing_options or MultiprocessingOptions()).with_timeout(timeout_secs)
@@ -120,9 +126,12 @@ class CheckpointHook:
             file_options=file_options,
         )
         # With jax.distributed, the runtime itself listens and tells all processes of one step; see `_preempted_at`.
-        self._asks_runtime = save_on_preemption and processes.count() > 1
-        listens = save_on_preemption and not self._asks_runtime
-        self._notice = PreemptionNotice(preemption_signals if listens else ())
+        is_shared = save_on_preemption and processes.count() > 1
+        self._asks_runtime = is_shared and processes.watches_preemption()
+        if is_shared and not self._asks_runtime:
+            _log.warning("no preemption is answered: JAX's jax_enable_preemption_service is off")
+        listens = save_on_preemption and is_shared == self._asks_runtime
+        self._notice = PreemptionNotice(preemption_signals if listens else (), passes_on=is_shared)
         self._preempted = False
         self._start_step = 0
         self._last_step = 0  # of the last call
@@ -182,7 +191,7 @@ class CheckpointHook:
             # The loop went back, or begins with the step that was restored, or repeats the one that it saved.
             self._follow(step if step == self._saved_step else step - 1)
         self._last_step = step
-        if self._notice.received or (self._asks_runtime and self._preempted_at(step)):
+        if self._notice.received or (self._asks_runtime and self._is_preempted()):
             return self._leave(step, state, metrics, metadata, items)
         if self._checkpointer.failure is not None:
             self._raise_or_warn()
@@ -218,6 +227,8 @@ class CheckpointHook:
             return False
         if self._clock is not None:
             self._clock.forget()
+        if self._grace is not None:
+            self._grace.check(step, self._checkpointer.last_save_secs)
         self._saved_step = step
         return True
 
@@ -320,12 +331,15 @@ class CheckpointHook:
 
     @property
     def preempted(self) -> bool:
-        """Whether the process has been asked to stop; may be polled anywhere."""
-        return self._preempted or bool(self._notice.received)
+        """Whether the process has been asked to stop; to be polled in a long evaluation or a warm-up, for example.
 
-    def _preempted_at(self, step: int) -> bool:
-        """Whether the runtime says so; every process has to ask at every step, and all are told at the same one."""
-        self._preempted = self._preempted or processes.reached_preemption_sync_point(step)
+        With several processes it is enough that one of them was asked, and all are told at the same poll or call of
+        the hook, so that no process leaves a loop alone. So all have to poll equally often.
+        """
+        return bool(self._notice.received) or (self._asks_runtime and self._is_preempted())
+
+    def _is_preempted(self) -> bool:
+        self._preempted = self._preempted or processes.reached_preemption_sync_point()
         return self._preempted
 
     def _leave(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
@@ -344,6 +358,9 @@ class CheckpointHook:
             check_names(items)
             if isinstance(state, BoundHook):
                 state, metrics, metadata = state.values()
+            if self._grace is not None:
+                secs = self._checkpointer.last_save_secs, self._notice.received_secs
+                self._grace.begin_last_save(step, *secs, self.manager.latest_step)
             self.manager.save(step, state, metrics=metrics, metadata=metadata, **items)
             self._saved_step = step
         self.manager.wait()

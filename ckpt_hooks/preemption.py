@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from types import FrameType
@@ -27,13 +28,20 @@ class PreemptionNotice:
 
     Attributes:
       received: the number of the signal that came, 0 while none has; reading it costs nothing.
+      received_secs: when it came, by `time.monotonic()`.
       is_open: whether it listens.
+
+    Args:
+      signals: to listen for.
+      passes_on: whether each is sent again as SIGTERM, for which JAX's runtime listens, and is not answered here.
     """
 
-    def __init__(self, signals: Iterable[signal.Signals | int]) -> None:
+    def __init__(self, signals: Iterable[signal.Signals | int], *, passes_on: bool = False) -> None:
         self.received = 0
+        self.received_secs = 0.0
+        self.passes_on = passes_on
         self.is_open = True
-        numbers = _check_signals(signals)
+        numbers = [number for number in _check_signals(signals) if not (passes_on and number == signal.SIGTERM)]
         handler = _Handler(self)
         self._finalizer = weakref.finalize(self, handler.uninstall)
         if threading.current_thread() is not threading.main_thread():
@@ -74,8 +82,10 @@ class _Handler:
             # The second signal. A handler of the user's has had the first one, and need not end the process.
             _end_by(number, before if before is signal.default_int_handler else signal.SIG_DFL)
             return
+        elif notice.passes_on:
+            os.kill(os.getpid(), signal.SIGTERM)
         else:
-            notice.received = number
+            notice.received, notice.received_secs = number, time.monotonic()
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)  # somebody else listens too
 

@@ -32,11 +32,13 @@ __all__ = [
     "publish",
     "published",
     "reached_preemption_sync_point",
+    "watches_preemption",
     "wait_for",
 ]
 
 DEFAULT_BARRIER_TIMEOUT_SECS = 300.0
 
+_askings = itertools.count(1)  # whether there is a preemption
 _operation_ids: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
@@ -217,8 +219,19 @@ def leave(folder: str, num_members: int) -> None:
         forget(folder)
 
 
-def reached_preemption_sync_point(step: int) -> bool:
-    """Whether JAX's runtime, having been told of a preemption, wants all processes to save at this step."""
+def watches_preemption() -> bool:
+    """Whether JAX's runtime listens for SIGTERM, and tells all processes."""
+    from jax._src import distributed
+
+    return distributed.global_state.preemption_sync_manager is not None
+
+
+def reached_preemption_sync_point() -> bool:
+    """Whether JAX's runtime, having been told of a preemption, wants all processes to stop here.
+
+    What it counts are the askings of this process, not steps: it names one asking above all that have been, and a step
+    that a loop jumps over would never come. So every process has to ask equally often.
+    """
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    return bool(multihost_utils.reached_preemption_sync_point(next(_askings)))

@@ -188,30 +188,6 @@ def test_a_process_that_is_killed_in_a_save_is_named_and_the_run_goes_on(
 # ------------------------------------------------------------------ storage of one's own, groups
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_each_process_may_have_storage_of_its_own(nursery: Nursery, tmp_path: Path, count: int) -> None:
-    """primary_host=None: each directory has this process's shards alone, and all restore the newest step that all have.
-
-    Such a process writes alone, so its arrays may be compressed.
-    """
-    ended = nursery.run_group(together.own_storage, tmp_path, count)
-    for process in ended:
-        assert process.code == 0, process.log
-        assert process.report == {
-            "fresh": 0,
-            "steps": [20, 30],
-            "problems": [[], []],
-            "restored": [True, 20],
-            "again": [20, 30],
-            "at 30": True,
-        }
-    sizes = [
-        path.stat().st_size for path in tmp_path.glob("disk_*/run/30/params/d/*")
-    ]  # of the second hook, which does not compress
-    assert len(sizes) == count
-    assert max(sizes) < 64 * 48 * 4 / count + 4096
-
-
 def test_groups_of_processes_save_runs_of_their_own(nursery: Nursery, tmp_path: Path) -> None:
     """active_processes: each half has its primary, counts its operations, and refuses what is not its own."""
     for number, process in enumerate(nursery.run_group(together.groups, tmp_path, 4)):
@@ -225,3 +201,22 @@ def test_groups_of_processes_save_runs_of_their_own(nursery: Nursery, tmp_path: 
     restored = CheckpointManager(tmp_path / "run_2").restore(items=("w", "seed"))
     assert restored["seed"] == 3
     assert (restored["w"].ravel() == np.arange(64.0) + 3 + 5).all()
+
+
+# ------------------------------------------------------------------ preemption
+
+
+@pytest.mark.parametrize(("count", "signal_name", "stride"), [(2, "SIGUSR1", 10), (4, "SIGTERM", 1)])
+def test_a_preemption_is_told_to_all_at_the_same_poll(
+    nursery: Nursery, tmp_path: Path, count: int, signal_name: str, stride: int
+) -> None:
+    """A loop of batches that all compute together is left by all or by none, also where steps are jumped over.
+
+    JAX listens for SIGTERM; another signal is passed on to it.
+    """
+    ended = nursery.run_group(together.preempted_in_an_evaluation, tmp_path, count, signal_name, stride)
+    step = ended[0].report["step"]
+    for process in ended:
+        assert process.code == 0, process.log
+        assert process.report == {"step": step, "batches": ended[0].report["batches"], "code": 143, "steps": [step]}
+    assert ended[0].report["batches"] >= 7

@@ -334,3 +334,32 @@ class Position:
 
     def set_state(self, at: int) -> None:
         self.at = at
+
+
+# ------------------------------------------------------------------ preemption
+
+
+def preempted_in_an_evaluation(folder: Path, signal_name: str, stride: int) -> Any:
+    """One process gets a signal while all evaluate, each at its own pace; the hook is called at every 10th step."""
+    me, count = jax.process_index(), jax.process_count()
+    add = jax.jit(lambda array: array.sum(), out_shardings=NamedSharding(mesh(), PartitionSpec()))
+    batch = global_array(np.ones((64, 48), np.float32), PartitionSpec("x", "y"))
+    with ckpt_hooks.CheckpointHook(
+        folder / "run", every_n_steps=10_000, timeout_secs=30, preemption_signals=(getattr(signal, signal_name),)
+    ) as hook:
+        step = batches = 0
+        try:
+            while step < 100_000:
+                step += stride
+                hook(step, state_at(step))
+                for _ in range(5):
+                    if hook.preempted:
+                        break
+                    batches += 1
+                    if batches == 7 and me == count - 1:
+                        os.kill(os.getpid(), getattr(signal, signal_name))
+                    time.sleep(0.002 * (me + 1))
+                    add(batch).block_until_ready()  # all take part: a process that left alone would leave them waiting
+        except ckpt_hooks.Preempted as left:
+            return {"step": left.step, "batches": batches, "code": left.code, "steps": hook.manager.steps()}
+    return "never told"
