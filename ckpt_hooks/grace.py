@@ -70,7 +70,7 @@ class GracePeriod:
         left_secs = self._grace_secs - (time.monotonic() - signal_secs if signal_secs else 0.0)
         if save_secs > left_secs:
             _log.warning(
-                "step %d is being saved, perhaps not in time: the last save took %.1f s, and of grace_secs=%g there are "
+                "step %d is being saved, perhaps not in time: the last save took %.1f s, and of grace_secs=%g there is "
                 "%.1f s left. If the process is killed before, the run goes on from step %s.",
                 step,
                 save_secs,

@@ -85,7 +85,7 @@ def test_what_is_left_of_the_period_counts_when_the_signal_has_come(
         signal.signal(signal.SIGTERM, before)
     (found,) = warnings(caplog)
     assert "step 8 is being saved" in found
-    assert "of grace_secs=0.2 there are 0.0 s left" in found
+    assert "of grace_secs=0.2 there is 0.0 s left" in found
     assert "goes on from step 5" in found
     assert CheckpointManager(tmp_path).latest_step() == 8  # nobody killed it, and it is there all the same
 
