@@ -26,7 +26,8 @@ class GracePeriod:
     """
 
     def __init__(self, grace_secs: float) -> None:
-        if isinstance(grace_secs, bool) or not isinstance(grace_secs, int | float) or not 0 < grace_secs < math.inf:
+        given: object = grace_secs
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
             raise InvalidArgumentError(
                 f"grace_secs is how many seconds pass from the signal to the end of the process; got {grace_secs!r}"
             )
