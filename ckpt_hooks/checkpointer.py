@@ -105,8 +105,7 @@ class Checkpointer:
         }
         self._is_primary = together.is_primary()
         self._store_blocks = self._store.is_blocking_writer
-        self._is_alone = processes.count() == 1
-        rank = together.writers().ranks[processes.index()]
+        self._is_alone, rank = processes.count() == 1, together.writers().ranks[processes.index()]
         self._is_others = None if self._is_alone else functools.partial(is_of_another, rank)
         self._goes_on = isinstance(self, AsyncCheckpointer)  # whether training does while a save is written
         self._barrier_prefix = together.key("")

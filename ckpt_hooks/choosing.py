@@ -86,12 +86,15 @@ def _read_together(
     leads = processes.index() == options.leader()
     with _operation(options) as barriers:
         claim = "restores the newest step" if asked is None else "restores a step that it names"
-        if asked is None and options.primary_host is None:  # each has a directory of its own
+        have_own = asked is None and options.primary_host is None  # a directory each
+        if have_own:
             barriers.consult("steps", json.dumps(run.steps()), leader.find_common)
         decision = json.loads(barriers.meet("choose", claim, leader.choose() if leads else ""))
         for number in itertools.count():
             if "error" in decision:
                 barriers.leave()  # everybody has it
+                if have_own and decision["error"] == errors.CheckpointNotFoundError.__name__:
+                    _reject_above(run, -1)  # a first save that not all have committed: the run begins afresh
                 raise getattr(errors, decision["error"])(decision["text"])
             outcome, result = _attempt(run, decision["step"], read, may_reject=asked is None)
             decision = json.loads(barriers.consult(f"read.{number}", outcome, leader.judge))
@@ -101,7 +104,17 @@ def _read_together(
     run.reject(rejected)
     for step, reason in rejected.items():
         _log.warning("step %d of %s is restored instead of %d: %s", decision["step"], run.path, step, reason)
+    if have_own:
+        _reject_above(run, decision["step"])
     return decision["step"], result
+
+
+def _reject_above(run: RunDirectory, step: int) -> None:
+    """What is newer here was not committed by every process; the next save sets it aside."""
+    newer = [other for other in run.steps() if other > step]
+    if newer:
+        _log.warning("steps %s of %s are no checkpoints: not every process has them", newer, run.path)
+        run.reject(dict.fromkeys(newer, "not every process has it"))
 
 
 _IS_READ, _IS_ABSENT, _IS_DAMAGED = "", "absent", "damaged: "  # what a process says of the step that was chosen

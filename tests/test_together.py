@@ -188,6 +188,29 @@ def test_a_process_that_is_killed_in_a_save_is_named_and_the_run_goes_on(
 # ------------------------------------------------------------------ storage of one's own, groups
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_process_may_have_storage_of_its_own(nursery: Nursery, tmp_path: Path, count: int) -> None:
+    """primary_host=None: each directory has this process's shards alone, and all restore the newest step that all have.
+
+    Such a process writes alone, so its arrays may be compressed.
+    """
+    ended = nursery.run_group(together.own_storage, tmp_path, count)
+    for process in ended:
+        assert process.code == 0, process.log
+        assert process.report == {
+            "fresh": 0,
+            "steps": [20, 30],
+            "restored": [True, 20],
+            "again": [20, 30],
+            "at 30": True,
+            "afresh": 0,
+            "then": [10],
+        }
+    sizes = [path.stat().st_size for path in tmp_path.glob("disk_*/run/10/params/d/*")]  # of a hook without compression
+    assert len(sizes) == count
+    assert max(sizes) < 64 * 48 * 4 / count + 4096
+
+
 def test_groups_of_processes_save_runs_of_their_own(nursery: Nursery, tmp_path: Path) -> None:
     """active_processes: each half has its primary, counts its operations, and refuses what is not its own."""
     for number, process in enumerate(nursery.run_group(together.groups, tmp_path, 4)):

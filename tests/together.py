@@ -260,7 +260,6 @@ def own_storage(folder: Path) -> Any:
             hook(step, state_at(step))
         hook.wait()
         found["steps"] = hook.manager.steps()
-        found["problems"] = [hook.manager.verify(step) for step in hook.manager.steps()]
     if jax.process_index() == jax.process_count() - 1:
         shutil.rmtree(own / "30")
     wait_for_all("lost")
@@ -272,6 +271,16 @@ def own_storage(folder: Path) -> Any:
         hook.wait()
         found["again"] = hook.manager.steps()
         found["at 30"] = is_at(hook.restore(state_at(0)), 30)
+    if jax.process_index() == 0:
+        shutil.rmtree(own)
+    wait_for_all("all lost")
+    with ckpt_hooks.CheckpointHook(
+        own, every_n_steps=10, keep=2, timeout_secs=60, multiprocessing_options=options
+    ) as hook:
+        found["afresh"] = hook.restore(state_at(0))["step"]
+        hook(10, state_at(10))
+        hook.wait()
+        found["then"] = hook.manager.steps()
     return found
 
 
