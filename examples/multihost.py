@@ -98,7 +98,8 @@ def train(process: int, count: int, address: str, workdir: Path, num_steps: int)
             batch = jax.tree.map(
                 lambda part: jax.make_array_from_callback(part.shape, by_example, part.__getitem__), batch
             )
-            state, loss = step_of(state, batch)
+            # One step at a time: CPU devices that wait for each other in two of them can take all threads there are.
+            state, loss = jax.block_until_ready(step_of(state, batch))
             if process == 0:
                 print(f"step {step + 1}", flush=True)
             metrics = {"loss": loss} if (step + 1) % SAVE_EVERY_STEPS == 0 else None
