@@ -466,9 +466,9 @@ def test_old_one_stays_until_the_new_one_is_durable(tmp_path: Path, monkeypatch:
     seen: list[str] = []
     sync_tree = commit.sync_tree
 
-    def look(directory: str) -> None:
+    def look(directory: str, is_others: Any = None) -> None:
         seen.append((tmp_path / "c" / "note").read_text())
-        sync_tree(directory)
+        sync_tree(directory, is_others)
 
     monkeypatch.setattr(commit, "sync_tree", look)
     with Checkpointer(NoteHandler()) as checkpointer:
