@@ -145,9 +145,7 @@ class _Leader:
         self._step = -1
         self._rejected: dict[int, str] = {}
         self._num_absences = 0
-        self._common: set[int] | None = (
-            None  # the steps that all have, where that is not the same as those that one has
-        )
+        self._common: set[int] | None = None  # the steps that all have, where each has a directory of its own
 
     def find_common(self, said: Mapping[int, str]) -> str:
         """Goes on with the steps that every process has."""

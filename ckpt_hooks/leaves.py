@@ -298,7 +298,7 @@ def tree_metadata_file(named: Sequence[tree.Leaf], leaves: Sequence[LeafPlan], c
 
 
 def array_metadata_file(leaves: Sequence[LeafPlan]) -> bytes:
-    """The file ``array_metadatas/process_<i>``: chunk shapes, and the kinds of PRNG keys."""
+    """The file ``array_metadatas/process_0``: chunk shapes, and the kinds of PRNG keys."""
     entries = []
     for leaf in leaves:
         if leaf.array is None or leaf.value_type != "jax.Array":

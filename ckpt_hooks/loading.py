@@ -20,7 +20,7 @@ from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devic
 from ckpt_hooks.shards import Parts, Spread, are_undecided, spreads_of, with_saved_shardings
 from ckpt_hooks.storage.reader import ArrayInfo, Database
 from ckpt_hooks.storage.regions import Region
-from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, SHARDING_FILE, STRINGS_FILE
+from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, OWN_ARRAY_METADATA, SHARDING_FILE, STRINGS_FILE
 
 __all__ = ["NO_TARGET", "SavedTree"]
 
@@ -217,15 +217,17 @@ class SavedTree:
             raise CorruptCheckpointError(f"{self._directory}: {STRINGS_FILE} lacks {missing}")
         return {record.name: strings[record.name] for record in self._records if record.name in strings}
 
+    def _array_metadata_files(self) -> list[str]:
+        """Ours has one; Orbax writes one a process."""
+        if Database.is_ours(self._directory):
+            return [os.path.join(self._directory, OWN_ARRAY_METADATA)]
+        folder = os.path.join(self._directory, ARRAY_METADATA_FOLDER)
+        return [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+
     def _read_key_impls(self) -> dict[str, str]:
         """{name: implementation} of the typed PRNG keys."""
-        folder = os.path.join(self._directory, ARRAY_METADATA_FOLDER)
         impls = {}
-        files = os.listdir(folder) if os.path.isdir(folder) else []
-        if Database.is_ours(self._directory):
-            files = files and [tree.FIRST_ARRAY_METADATA]  # of several processes, each has said the same
-        for name in files:
-            path = os.path.join(folder, name)
+        for path in self._array_metadata_files():
             content = _read_json(path, b"random_key_impl")
             try:
                 for entry in content["array_metadatas"] if content else ():

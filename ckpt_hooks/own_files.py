@@ -12,15 +12,15 @@ import re
 from ckpt_hooks.metadata import METADATA_FILE
 from ckpt_hooks.storage.checksums import ARRAY_FILE, DATA_FOLDER
 from ckpt_hooks.storage.ocdbt import MANIFEST_FILE
-from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, SHARDING_FILE, STRINGS_FILE
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
+from ckpt_hooks.tree import OWN_ARRAY_METADATA, SHARDING_FILE, STRINGS_FILE
 
 __all__ = ["is_of_another"]
 
 _PER_PROCESS = re.compile(rf"/(?:{DATA_FOLDER}/([0-9a-f]{{32}})|{ARRAY_FILE}(?:\.(\d+))?)$").search
 _OF_THE_FIRST = re.compile(
     rf"/(?:{METADATA_FILE}|{TREE_METADATA_FILE}|{SHARDING_FILE}|{STRINGS_FILE}|{MANIFEST_FILE}"
-    rf"|{ARRAY_METADATA_FOLDER}/process_0)$"
+    rf"|{OWN_ARRAY_METADATA})$"
 ).search
 
 

@@ -37,7 +37,7 @@ STRINGS_FILE = "_strings.json"
 MANIFEST_FILE = "manifest.ocdbt"  # where the arrays are in a database
 STRUCTURE_FILE = "checkpoint"  # of its first versions, which had none of the others
 ARRAY_METADATA_FOLDER = "array_metadatas"
-FIRST_ARRAY_METADATA = "process_0"
+OWN_ARRAY_METADATA = f"{ARRAY_METADATA_FOLDER}/process_0"  # the one file in it that we write
 
 _SEQUENCE_KEY, _DICT_KEY = 1, 2  # Orbax's key types; attributes and named-tuple fields count as dict keys
 

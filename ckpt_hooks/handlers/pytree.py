@@ -221,7 +221,7 @@ class Plan:
         self.recorded_name = _ORBAX_PYTREE_HANDLER if is_none or is_complex else None
         self._is_shared, types = len(writers.indexes) > 1, structure.metadata_of(item, part_of)
         self._primary_files = {
-            f"{tree.ARRAY_METADATA_FOLDER}/process_0": array_metadata_file(self._leaves),
+            tree.OWN_ARRAY_METADATA: array_metadata_file(self._leaves),
             tree.METADATA_FILE: tree_metadata_file(named, self._leaves, types),
             tree.SHARDING_FILE: sharding_file(self._names, self._leaves),
         }

@@ -57,8 +57,8 @@ ARRAY_FILE = "_ARRAY_CHECKSUMS"
 DATA_FOLDER = "d"
 PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
 _TITLE = "ckpt_hooks checksums 1"
-# Of every process that wrote an item but the first: the table of its data file, and what the first one has said too.
-_OF_ANOTHER_PROCESS = re.compile(rf"(?:^|/)(?:{ARRAY_FILE}\.|array_metadatas/process_)[1-9]\d*$").search
+# Of every process that wrote an item but the first: the table of its data file, which is checked when it is needed.
+_TABLE_OF_ANOTHER_PROCESS = re.compile(rf"(?:^|/){ARRAY_FILE}\.[1-9]\d*$").search
 _READ_NBYTES = 64 << 10  # small enough for memory that need not be fetched from the system
 
 Pieces = npt.NDArray[np.void]
@@ -328,7 +328,7 @@ class FileChecksums:
 
         Raises CorruptCheckpointError that lists every problem.
         """
-        common = {path: accepted for path, accepted in self.files.items() if not _OF_ANOTHER_PROCESS(path)}
+        common = {path: accepted for path, accepted in self.files.items() if not _TABLE_OF_ANOTHER_PROCESS(path)}
         problems = list(FileChecksums(common).problems(directory, below))
         if problems:
             raise CorruptCheckpointError("; ".join(problems))
