@@ -22,7 +22,6 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
 from benchmarks.contestants import savers
 from benchmarks.options import Options, empty_directory, parser_of
@@ -48,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report("growth", options)
 
     leaves = _powers(1, 10, parsed.max_leaves)
-    _add(report, "leaves", leaves, 1000, _of_states(leaves, _many_leaves, options))
+    report.add_growth("leaves", "ms", leaves, _of_states(leaves, _many_leaves, options), linear_from=1000)
     nbytes = _powers(_KIB, 4, parsed.max_bytes)
-    _add(report, "bytes", nbytes, 16 * _MIB, _of_states(nbytes, _one_leaf, options))
+    report.add_growth("bytes", "ms", nbytes, _of_states(nbytes, _one_leaf, options), linear_from=16 * _MIB)
     kept = _powers(1, 10, parsed.max_kept)
-    _add(report, "kept", kept, 0, _of_runs(kept, options))
+    report.add_growth("kept", "ms", kept, _of_runs(kept, options))
     report.close()
 
 
@@ -61,24 +60,6 @@ def _powers(first: int, factor: int, last: int) -> list[int]:
     while sizes[-1] * factor <= last:
         sizes.append(sizes[-1] * factor)
     return sizes
-
-
-def _add(report: Report, title: str, sizes: Sequence[int], linear_from: int, series: Series) -> None:
-    exponents = {name: [_exponent(sizes, values, linear_from)] for name, values in series.items()}
-    report.add_growth(title, "ms", sizes, series, exponents)
-
-
-def _exponent(sizes: Sequence[int], values: Sequence[float], linear_from: int) -> float:
-    """That of the power that fits best, by least squares of the logarithms.
-
-    >>> round(_exponent([1, 10, 100], [5.0, 50.0, 500.0], 0), 3)
-    1.0
-    """
-    points = [(size, value) for size, value in zip(sizes, values, strict=True) if size >= linear_from]
-    if len(points) < 2:
-        points = list(zip(sizes, values, strict=True))
-    x, y = np.log(points).T
-    return float(np.polyfit(x, y, 1)[0])
 
 
 def _median_ms(rounds: int, action: Callable[[], object], clean_up: Callable[[], object] = lambda: None) -> float:

@@ -10,6 +10,8 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks.contestants import OURS
 from benchmarks.options import Options
 from benchmarks.timing import Series, Spread, ratios
@@ -45,8 +47,11 @@ class Report:
         text = text_table([title, unit, "min .. max", f"{OURS} / it", "min .. max"], rows)
         print(f"\n{text}", flush=True)
 
-    def add_growth(self, title: str, unit: str, sizes: Sequence[float], series: Series, exponents: Series) -> None:
-        """A table of sizes; `exponents` has, by column, that of the power of the size with which it grows."""
+    def add_growth(
+        self, title: str, unit: str, sizes: Sequence[float], series: Series, *, linear_from: float = 0
+    ) -> None:
+        """A table of sizes, and of each column the power of the size with which it grows from `linear_from` on."""
+        exponents = {name: [_exponent(sizes, values, linear_from)] for name, values in series.items()}
         self._content["tables"].append(
             {"title": title, "unit": unit, "sizes": list(sizes), "values": series, "exponents": exponents}
         )
@@ -77,6 +82,21 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _exponent(sizes: Sequence[float], values: Sequence[float], linear_from: float) -> float:
+    """That of the power that fits best, by least squares of the logarithms; of one size there is none.
+
+    >>> round(_exponent([1, 10, 100], [5.0, 50.0, 500.0], 0), 3)
+    1.0
+    """
+    points = [(size, value) for size, value in zip(sizes, values, strict=True) if size >= linear_from]
+    if len(points) < 2:
+        points = list(zip(sizes, values, strict=True))
+    if len(points) < 2:
+        return float("nan")
+    x, y = np.log(points).T
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def _cells(spread: Spread) -> tuple[str, str]:

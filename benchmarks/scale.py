@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from benchmarks.options import Options, empty_directory, parser_of
 from benchmarks.report import Report, text_table
+from benchmarks.timing import seconds_of
 from ckpt_hooks import leaves, tree
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import digest, read_file
 from ckpt_hooks.storage.layout import ArraySpec, Layout
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.writer import ArrayWriter, Sources
@@ -142,9 +143,11 @@ def _index_costs(report: Report, parsed: argparse.Namespace) -> dict[str, float]
             found = _time_index(os.path.join(directory, str(size)), size // (1 + _CUTS))
             for name, value in found.items():
                 series[name].append(value)
-        small_file_secs = _median_secs(100, functools.partial(_sum_small_file, os.path.join(directory, "small")))
-    exponents = {name: [_exponent(sizes, values)] for name, values in series.items()}
-    report.add_growth("index entries", "ms", sizes, series, exponents)
+        small_file = os.path.join(directory, "small")
+        commit.write_file(small_file, bytes(4096))
+        # What process 0 does with a table of another one.
+        small_file_secs = statistics.median(seconds_of(lambda: digest(read_file(small_file))) for _ in range(100))
+    report.add_growth("index entries", "ms", sizes, series)
     per_entry = {name: series[name][-1] / 1e3 / sizes[-1] for name in ("plan", "write", "read")}
     leaf_secs = series["tree files"][-1] / 1e3 / (sizes[-1] // (1 + _CUTS))
     return {**per_entry, "leaf": leaf_secs, "small_file": small_file_secs}
@@ -189,14 +192,6 @@ def _make_tree_files(num_leaves: int) -> None:
     leaves.array_metadata_file(plans)
 
 
-def _sum_small_file(path: str) -> None:
-    """What process 0 does for a table of another one, but that this one is there already."""
-    if not os.path.exists(path):
-        commit.write_file(path, bytes(4096))
-    with open(path, "rb") as file:
-        file.read()
-
-
 def _line_costs(report: Report, parsed: argparse.Namespace) -> dict[str, float]:
     """The coordination service is JAX's own, with one process."""
     from jaxlib import _jax  # what `jax.distributed.initialize` calls, which must come before all other calls
@@ -221,23 +216,8 @@ def _line_costs(report: Report, parsed: argparse.Namespace) -> dict[str, float]:
     finally:
         client.shutdown()
         service.shutdown()
-    exponents = {name: [_exponent(sizes, values)] for name, values in series.items()}
-    report.add_growth("lines", "ms", sizes, series, exponents)
+    report.add_growth("lines", "ms", sizes, series)
     return {name: values[-1] / 1e3 / sizes[-1] for name, values in series.items()}
-
-
-def _exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    x, y = np.log([sizes, values])
-    return float(np.polyfit(x, y, 1)[0]) if len(sizes) > 1 else float("nan")
-
-
-def _median_secs(rounds: int, action: Callable[[], object]) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def _print_model(costs: _Costs) -> None:

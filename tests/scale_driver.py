@@ -8,20 +8,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from ckpt_hooks import Checkpointer, StandardCheckpointHandler, args, processes
 from ckpt_hooks.storage.reader import Database
+from tests.together import global_array
 
 
 def state(num_leaves: int) -> dict[str, Any]:
     """Leaves that every device has a different part of; no part is small enough to stand in the index."""
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+    over = Mesh(np.array(jax.devices()), ("x",))
     values = np.arange(512.0 * len(jax.devices()), dtype=np.float32)
-    return {
-        f"leaf_{number:03}": jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-        for number in range(num_leaves)
-    }
+    return {f"leaf_{number:03}": global_array(values, PartitionSpec("x"), over) for number in range(num_leaves)}
 
 
 def count(folder: Path, num_leaves: int) -> dict[str, Any]:
