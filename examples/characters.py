@@ -10,13 +10,10 @@ both saw the same batches and ended in the same model, optimizer and random numb
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import os
 import signal
-import sys
-import tempfile
 import zlib
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from ckpt_hooks import CheckpointHook, Preempted
+from ckpt_hooks import CheckpointHook
 from ckpt_hooks.testing import assert_same
+from examples._interrupted import arguments, preemption_of
 
 WINDOW = 64  # characters that are predicted in a row
 BATCH_SIZE = 16
@@ -105,20 +103,11 @@ def write(model: CharacterModel, start: str, length: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
-    parser.add_argument("--directory", type=Path, help="of both runs, a new one (default: temporary)")
-    args = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        directory = args.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        state, log = train(directory / "uninterrupted", args.steps)
-        try:
-            train(directory / "interrupted", args.steps, sigterm_at=args.steps // 2)
-        except Preempted as preempted:
-            print(f"{'interrupted':14}{preempted}")
-        else:
-            sys.exit(f"It was not interrupted: choose a new --directory, {directory} has finished runs.")
-        resumed_state, resumed_log = train(directory / "interrupted", args.steps)
+    with arguments(__doc__, "steps", 500) as (num_steps, directory):
+        state, log = train(directory / "uninterrupted", num_steps)
+        interrupted = partial(train, directory / "interrupted", num_steps)
+        print(f"{'interrupted':14}{preemption_of(partial(interrupted, sigterm_at=num_steps // 2), directory)}")
+        resumed_state, resumed_log = interrupted()
 
     print("\n          uninterrupted          resumed\nstep      loss    batch          loss    batch")
     for step in sorted(resumed_log)[:: max(1, len(resumed_log) // 5)]:

@@ -10,12 +10,9 @@ network and optimizer, to the last bit.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import os
 import signal
-import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,9 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from ckpt_hooks import CheckpointHook, Preempted, ShuffledIndices
+from ckpt_hooks import CheckpointHook, ShuffledIndices
 from ckpt_hooks.testing import assert_same
+from examples._interrupted import arguments, preemption_of
 
 NUM_TRAIN = 1500  # of 1797
 OPTIMIZER = optax.adamw(2e-3)
@@ -90,20 +88,11 @@ def train(directory: Path, num_steps: int, seed: int = 0, sigterm_at: int | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
-    parser.add_argument("--directory", type=Path, help="of both runs, a new one (default: temporary)")
-    args = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        directory = args.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        expected = train(directory / "uninterrupted", args.steps)
-        try:
-            train(directory / "interrupted", args.steps, sigterm_at=args.steps // 2)
-        except Preempted as preempted:
-            print(f"{'interrupted':14}{preempted}")
-        else:
-            sys.exit(f"It was not interrupted: choose a new --directory, {directory} has finished runs.")
-        resumed = train(directory / "interrupted", args.steps, seed=1)  # whose weights are all replaced
+    with arguments(__doc__, "steps", 600) as (num_steps, directory):
+        expected = train(directory / "uninterrupted", num_steps)
+        interrupted = partial(train, directory / "interrupted", num_steps)
+        print(f"{'interrupted':14}{preemption_of(partial(interrupted, sigterm_at=num_steps // 2), directory)}")
+        resumed = interrupted(seed=1)  # whose weights are all replaced
     assert_same(*(eqx.filter(state, eqx.is_array) for state in (expected, resumed)))
     print(f"All {len(jax.tree.leaves(eqx.filter(expected, eqx.is_array)))} arrays are equal to the last bit.")
 

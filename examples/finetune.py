@@ -11,12 +11,9 @@ ends as it would have without the interruption, and left the layers as they were
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import os
 import signal
-import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,9 @@ import optax
 from flax.training.train_state import TrainState
 from sklearn.datasets import load_digits
 
-from ckpt_hooks import CheckpointHook, CheckpointManager, InitFrom, Preempted, ShuffledIndices
+from ckpt_hooks import CheckpointHook, CheckpointManager, InitFrom, ShuffledIndices
 from ckpt_hooks.testing import assert_same
+from examples._interrupted import arguments, preemption_of
 
 NUM_FEW = 50  # examples that fine-tuning sees
 LAYERS = ("layer_0", "layer_1")
@@ -137,30 +135,18 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
-    parser.add_argument("--directory", type=Path, help="of all runs, a new one (default: temporary)")
-    args = parser.parse_args()
     few, unseen = digits(5, slice(NUM_FEW)), digits(5, slice(NUM_FEW, None))
-    with contextlib.ExitStack() as stack:
-        directory = args.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        pretrained, interrupted = directory / "pretraining", directory / "interrupted"
-        train(pretrained, Classifier(), optax.adam(1e-3), digits(0), args.steps)
+    with arguments(__doc__, "steps", 300) as (num_steps, directory):
+        pretrained = directory / "pretraining"
+        train(pretrained, Classifier(), optax.adam(1e-3), digits(0), num_steps)
 
         model, optimizer = AdaptedClassifier(), adapters_only(3e-3)
-        tuned = train(directory / "fine-tuning", model, optimizer, few, args.steps, init_from=from_run(pretrained))
-        try:
-            train(
-                *(interrupted, model, optimizer, few, args.steps),
-                init_from=from_run(pretrained),
-                sigterm_at=args.steps // 2,
-            )
-        except Preempted as preempted:
-            print(f"{interrupted.name:14}{preempted}")
-        else:
-            sys.exit(f"It was not interrupted: choose a new --directory, {directory} has finished runs.")
+        tuned = train(directory / "fine-tuning", model, optimizer, few, num_steps, init_from=from_run(pretrained))
+        interrupted = partial(train, directory / "interrupted", model, optimizer, few, num_steps)
+        first = partial(interrupted, init_from=from_run(pretrained), sigterm_at=num_steps // 2)
+        print(f"{'interrupted':14}{preemption_of(first, directory)}")
         # Where a run has checkpoints of its own, those of the other one may be gone.
-        resumed = train(interrupted, model, optimizer, few, args.steps, init_from=from_run(directory / "gone"))
+        resumed = interrupted(init_from=from_run(directory / "gone"))
         layers = CheckpointManager(pretrained).restore(items=[f"params/{name}" for name in LAYERS])["params"]
 
     print(f"\nThe digits 5 to 9, from {NUM_FEW} examples   uninterrupted  resumed")

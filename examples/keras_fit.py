@@ -10,12 +10,9 @@ weights, optimizer and history of metrics, to the last bit.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import os
 import signal
-import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,10 @@ import keras
 import numpy as np
 from sklearn.datasets import load_digits
 
-from ckpt_hooks import CheckpointHook, Preempted
+from ckpt_hooks import CheckpointHook
 from ckpt_hooks.keras_callback import CheckpointCallback
 from ckpt_hooks.testing import assert_same
+from examples._interrupted import arguments, preemption_of
 
 NUM_TRAIN = 1500  # of 1797
 BATCH_SIZE = 50
@@ -81,26 +79,18 @@ def train(directory: Path, epochs: int, seed: int = 0, sigterm_at: int = 0) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6, help="of each run (default: 6)")
-    parser.add_argument("--directory", type=Path, help="of both runs, a new one (default: temporary)")
-    args = parser.parse_args()
     num_batches = NUM_TRAIN // BATCH_SIZE
-    with contextlib.ExitStack() as stack:
-        directory = args.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        expected, history = train(directory / "uninterrupted", args.epochs)
-        try:
-            train(directory / "interrupted", args.epochs, sigterm_at=args.epochs * num_batches // 2 + 7)
-        except Preempted as preempted:
-            epoch, batch = divmod(preempted.step, num_batches)
-            print(f"interrupted after {preempted.step} batches: in epoch {epoch + 1}, after batch {batch}\n")
-        else:
-            sys.exit(f"It was not interrupted: choose a new --directory, {directory} has finished runs.")
-        resumed, rest = train(directory / "interrupted", args.epochs, seed=1)  # whose weights are all replaced
+    with arguments(__doc__, "epochs", 6) as (epochs, directory):
+        expected, history = train(directory / "uninterrupted", epochs)
+        interrupted = partial(train, directory / "interrupted", epochs)
+        step = preemption_of(partial(interrupted, sigterm_at=epochs * num_batches // 2 + 7), directory).step
+        epoch, batch = divmod(step, num_batches)
+        print(f"interrupted after {step} batches: in epoch {epoch + 1}, after batch {batch}\n")
+        resumed, rest = interrupted(seed=1)  # whose weights are all replaced
 
     print("         uninterrupted          resumed\nepoch    loss    val_accuracy    loss    val_accuracy")
-    first = args.epochs - len(rest["loss"])
-    for epoch in range(args.epochs):
+    first = epochs - len(rest["loss"])
+    for epoch in range(epochs):
         row = [f"{history[name][epoch]:.4f}" for name in ("loss", "val_accuracy")]
         row += [f"{rest[name][epoch - first]:.4f}" if epoch >= first else "-" for name in ("loss", "val_accuracy")]
         print("{:<9}{:<8}{:<16}{:<8}{}".format(epoch + 1, *row))
