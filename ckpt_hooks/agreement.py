@@ -11,6 +11,7 @@ Nothing here uses a device, so that a background thread may wait while the main 
 from __future__ import annotations
 
 import collections
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from ckpt_hooks.errors import BarrierTimeoutError, CheckpointError, OtherProcess
 from ckpt_hooks.processes import DEFAULT_BARRIER_TIMEOUT_SECS, MultiprocessingOptions
 
 __all__ = ["OperationBarriers", "Together"]
+
+_log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECS = 0.02  # until one looks whether somebody has failed; who comes is known at once
 _LONGEST_PAUSE_SECS = 0.05
@@ -130,6 +133,8 @@ class OperationBarriers:
             return error
         try:
             return self._tell(error)
+        except OtherProcessError:  # nobody can be told, and this process's own reason must not be lost in that
+            return error
         finally:
             self.leave()
 
@@ -137,7 +142,10 @@ class OperationBarriers:
         """The operation is over for this process; for the last one, its lines are of no more use to anybody."""
         if not self._has_left:
             self._has_left = True
-            processes.leave(self._key, len(self._members))
+            try:
+                processes.leave(self._key, len(self._members))
+            except OtherProcessError as gone:  # what has been committed is no failure; the next barrier will be one
+                _log.warning("%s", gone)
 
     def _tell(self, error: BaseException) -> BaseException:
         if isinstance(error, OtherProcessError | ProcessesDisagreeError | BarrierTimeoutError):

@@ -7,16 +7,17 @@ started: a reader of checkpoints needs no device.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 
-from ckpt_hooks.errors import InvalidArgumentError
+from ckpt_hooks.errors import InvalidArgumentError, OtherProcessError
 
 __all__ = [
     "ALONE",
@@ -170,52 +171,71 @@ def next_operation_id(options: MultiprocessingOptions) -> int:
     return next(operation_ids(options))
 
 
-def _client() -> Any:
+@contextlib.contextmanager
+def _service() -> Iterator[Any]:
+    """A client of the coordination service, whose end is another process's end and not a failure of the file system.
+
+    Raises OtherProcessError where nothing answers.
+    """
     from jax._src import distributed
 
     client = distributed.global_state.client
     assert client is not None, "asked only where there are several processes"
-    return client
+    try:
+        yield client
+    except jax.errors.JaxRuntimeError as error:
+        if "UNAVAILABLE" not in str(error):
+            raise
+        raise OtherProcessError(
+            "the coordination service of jax.distributed does not answer any more. It runs in process 0: look at its "
+            "log, since it died or its network is gone, and start all processes anew."
+        ) from error
 
 
 def publish(key: str, value: str) -> None:
     """Puts a line where every process can read it."""
-    _client().key_value_set(key, value, allow_overwrite=True)
+    with _service() as client:
+        client.key_value_set(key, value, allow_overwrite=True)
 
 
 def published(folder: str) -> dict[str, str]:
     """{key below `folder`, which ends with a slash: line} of what was published there."""
-    return {key.removeprefix(folder): value for key, value in _client().key_value_dir_get(folder)}
+    with _service() as client:
+        return {key.removeprefix(folder): value for key, value in client.key_value_dir_get(folder)}
 
 
 def found(key: str) -> str | None:
     """One published line, or None; where there are thousands in its folder, `published` brings them all."""
-    try:
-        return str(_client().key_value_try_get(key))
-    except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" in str(error):
-            return None
-        raise
+    with _service() as client:
+        return _line_unless("NOT_FOUND", client.key_value_try_get, key)
 
 
 def wait_for(key: str, timeout_secs: float) -> str | None:
     """A published line, as soon as it is there; None where it is not there in time."""
+    with _service() as client:
+        return _line_unless("DEADLINE_EXCEEDED", client.blocking_key_value_get, key, max(1, int(timeout_secs * 1000)))
+
+
+def _line_unless(status: str, get: Callable[..., Any], *arguments: Any) -> str | None:
     try:
-        return str(_client().blocking_key_value_get(key, max(1, int(timeout_secs * 1000))))
+        return str(get(*arguments))
     except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" in str(error):
+        if status in str(error):
             return None
         raise
 
 
 def forget(folder: str) -> None:
     """Removes what was published below `folder`."""
-    _client().key_value_delete(folder)
+    with _service() as client:
+        client.key_value_delete(folder)
 
 
 def leave(folder: str, num_members: int) -> None:
     """Called once by each member that will read nothing below `folder` any more; the last one removes it."""
-    if _client().key_value_increment(f"{folder}/left", 1) == num_members:
+    with _service() as client:
+        left = client.key_value_increment(f"{folder}/left", 1)
+    if left == num_members:
         forget(folder)
 
 

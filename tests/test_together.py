@@ -164,13 +164,12 @@ def test_a_process_that_is_killed_in_a_save_is_named_and_the_run_goes_on(
         assert time.monotonic() - start_secs < 30
         assert ended.pop(victim).code == -signal.SIGKILL
         for process in ended:
-            if victim == 0:  # the coordination service died with it, and JAX aborts who had it
-                assert process.code == -signal.SIGABRT, process.log
-                continue
+            if victim == 0 and process.code == -signal.SIGABRT:
+                continue  # the coordination service died with it, and JAX aborts who had it, unless they end first
             assert process.code == 0, process.log
             first, second = process.report
             text, secs = second if phase == "after the commit" else first
-            assert f"did not come: [{victim}]" in text, text
+            assert ("runs in process 0" if victim == 0 else f"did not come: [{victim}]") in text, text
             assert secs < 15
         manager = CheckpointManager(folder / "run")
         # Retention is process 0's, which is alive to do it, or died before.
