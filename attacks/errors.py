@@ -145,7 +145,8 @@ def _hear_all(run: Run) -> None:
 
 def _expected(scene: Scene, strike: Strike, acknowledged: list[int]) -> Expected:
     expected = scene.operation.expected(acknowledged)
-    return expected.after_reading_errors() if strike.scope == shim.READS and scene.operation.restores else expected
+    may_reject = strike.scope == shim.READS and scene.operation.restores and strike.times > 1
+    return expected.after_reading_errors() if may_reject else expected
 
 
 def _judge(

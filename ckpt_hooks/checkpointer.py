@@ -31,6 +31,7 @@ from ckpt_hooks.own_files import is_of_another
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.lookup import is_named
 from ckpt_hooks.temporary_paths import (
     AtomicRenameTemporaryPath,
     FileOptions,
@@ -65,8 +66,7 @@ class Checkpointer:
     """Saves and restores one checkpoint with a handler; a save is committed when the call returns.
 
     Args:
-      handler: what is saved and restored; one that registered no args classes is used in the old way, with
-        its own arguments.
+      handler: what is saved and restored; one without args classes is called in the old way, with its own arguments.
       multiprocessing_options: which processes take part and which commits.
       file_options: how directories are made.
       checkpoint_metadata_store: how the step metadata is read and written; must block here.
@@ -188,7 +188,7 @@ class Checkpointer:
         try:
             save.custom_metadata = check_custom_metadata(custom_metadata)
             self._barrier("save_start", operation)
-            if self._is_primary and os.path.lexists(final):
+            if self._is_primary and is_named(final):
                 check_destination(final, self._temporary_path_class, force=force)
             staged = args if isinstance(args, StagedSave) else self.stage(args)
             staged_secs = time.perf_counter()

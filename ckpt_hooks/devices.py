@@ -17,12 +17,10 @@ import numpy as np
 
 __all__ = ["put_bound", "put_free"]
 
-_WORTH_IT = 2  # arrays; for a single one, the test takes longer
-
 
 def put_free(arrays: Sequence[Any]) -> list[jax.Array]:
     """Arrays on the default device, free to be moved by what they are used with."""
-    if len(arrays) < _WORTH_IT or not _fast_put_works():
+    if not _is_fast(arrays):
         return list(jax.device_put(list(arrays)))
     sharding = jax.sharding.SingleDeviceSharding(_default_device())
     return _fast_put(arrays, [sharding] * len(arrays), committed=False)
@@ -43,9 +41,14 @@ def put_bound(arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding])
     if not arrays:
         return []
     single = all(isinstance(sharding, jax.sharding.SingleDeviceSharding) for sharding in shardings)
-    if len(arrays) < _WORTH_IT or not single or not _fast_put_works():
+    if not single or not _is_fast(arrays):
         return list(jax.device_put(list(arrays), list(shardings)))
     return _fast_put(arrays, shardings, committed=True)
+
+
+def _is_fast(arrays: Sequence[Any]) -> bool:
+    # For a single array, the test takes longer than it saves.
+    return (len(arrays) > 1 or _fast_put_works.cache_info().currsize > 0) and _fast_put_works()
 
 
 def _fast_put(arrays: Sequence[Any], shardings: Sequence[Any], *, committed: bool) -> list[jax.Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ckpt_hooks.storage.lookup import is_file
 from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["PREFIX", "flax_path", "is_flax_checkpoint"]
@@ -18,4 +19,4 @@ def flax_path(directory: str, step: int) -> str:
 
 def is_flax_checkpoint(path: str) -> bool:
     """Whether there is a checkpoint, whole as far as a look at it can tell."""
-    return os.path.isfile(path) or is_committed(path)
+    return is_file(path) or is_committed(path)

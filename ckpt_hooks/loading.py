@@ -18,6 +18,8 @@ from ckpt_hooks.equinox_modules import functions_among
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
 from ckpt_hooks.shards import Parts, Spread, are_undecided, spreads_of, with_saved_shardings
+from ckpt_hooks.storage.checksums import content_of
+from ckpt_hooks.storage.lookup import is_directory
 from ckpt_hooks.storage.reader import ArrayInfo, Database
 from ckpt_hooks.storage.regions import Region
 from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, OWN_ARRAY_METADATA, SHARDING_FILE, STRINGS_FILE
@@ -222,7 +224,7 @@ class SavedTree:
         if Database.is_ours(self._directory):
             return [os.path.join(self._directory, OWN_ARRAY_METADATA)]
         folder = os.path.join(self._directory, ARRAY_METADATA_FOLDER)
-        return [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+        return [os.path.join(folder, name) for name in os.listdir(folder)] if is_directory(folder) else []
 
     def _read_key_impls(self) -> dict[str, str]:
         """{name: implementation} of the typed PRNG keys."""
@@ -247,8 +249,7 @@ def _shape_of(leaf: SavedLeaf) -> tuple[int, ...]:
 def _read_json(path: str, holding: bytes = b"") -> Any:
     """The content of a JSON file; None where there is no such file, or it does not hold what is looked for."""
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = content_of(path)
         return json.loads(content) if holding in content else None
     except (FileNotFoundError, NotADirectoryError):
         return None

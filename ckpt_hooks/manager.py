@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import functools
 import logging
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
@@ -32,6 +31,7 @@ from ckpt_hooks.requested import RestoreRequest, check_names
 from ckpt_hooks.restoring import find_problems, read_metadata
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.lookup import is_directory, is_named
 from ckpt_hooks.structure import describe_state
 from ckpt_hooks.temporary_paths import FileOptions
 from ckpt_hooks.triggers import check_step
@@ -163,7 +163,7 @@ class CheckpointManager:
                 self._require_newer(step)
             if self._decides and self._retention.ranks:
                 retention.check_recorded(self._retention.policies, self._known_metrics(), numbers)
-            if self._decides and (run.rejected or os.path.lexists(path)):
+            if self._decides and (run.rejected or is_named(path)):
                 run.make_way(step)
         except BaseException as error:
             self._tell_others(error)
@@ -390,7 +390,7 @@ class CheckpointManager:
         self.wait()
         with Together(self._processes, f"deleted step {step}") as all_processes:
             if all_processes.decides:
-                if not os.path.isdir(self._run.step_path(check_step(step))):
+                if not is_directory(self._run.step_path(check_step(step))):
                     self._run.require(step)
                 self._run.lock()
                 self._run.remove(step)

@@ -21,6 +21,7 @@ import numpy as np
 from ckpt_hooks import tree
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedLeafError
 from ckpt_hooks.loading import SavedTree
+from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
 from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.storage.regions import Region, slices_of
 from ckpt_hooks.temporary_paths import has_early_tree
@@ -53,7 +54,7 @@ class MsgpackTree(SavedTree):
 
     def __init__(self, path: str) -> None:
         self._directory = path
-        is_orbax = os.path.isdir(path)
+        is_orbax = is_directory(path)
         beside, prefix = (path, _BESIDE_ORBAX) if is_orbax else (f"{path}_gda", _BESIDE_FLAX)
         named = tree.flatten(_unpacked(os.path.join(path, tree.STRUCTURE_FILE) if is_orbax else path))
         values = {leaf.name: leaf.value for leaf in named if not leaf.is_empty}
@@ -68,7 +69,7 @@ class MsgpackTree(SavedTree):
     @classmethod
     def is_at(cls, path: str) -> bool:
         """Whether a path is such a file, or a directory with one."""
-        return os.path.isfile(path) or has_early_tree(path)
+        return is_file(path) or has_early_tree(path)
 
 
 class _Arrays:
@@ -80,7 +81,7 @@ class _Arrays:
         if elsewhere:
             from ckpt_hooks.storage.foreign import ForeignArrays
 
-            use_ocdbt = os.path.exists(os.path.join(beside, tree.MANIFEST_FILE))
+            use_ocdbt = is_there(os.path.join(beside, tree.MANIFEST_FILE))
             self._spread = ForeignArrays(beside, elsewhere.values(), use_ocdbt=use_ocdbt, use_zarr3=False)
             self._infos |= {name: self._spread.info(inner) for name, inner in elsewhere.items()}
 

@@ -18,6 +18,7 @@ from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeCheckpointHandler
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
+from ckpt_hooks.storage.lookup import is_named
 
 __all__ = ["Watch", "describe_checkpoint", "read_checkpoint", "read_unchanged"]
 
@@ -94,24 +95,26 @@ class Watch:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._descriptor: int | None = None
         try:
             # While the directory is open, no other one gets its inode number.
-            self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            status = os.fstat(self._descriptor)
         except OSError:
-            self._descriptor = None  # whatever it is, `read` will say it better
+            self.close()  # whatever it is, `read` will say it better
             return
+        self._directory = status.st_dev, status.st_ino
         self._checksums = _identity(os.path.join(path, FILE))
 
     def is_gone(self) -> bool:
         """Whether nothing is at the path now."""
-        return not os.path.lexists(self._path)
+        return not is_named(self._path)
 
     def is_in_place(self) -> bool:
         """Whether the checkpoint is the one at the path, whatever was recorded in it."""
         if self._descriptor is None:
             return True
-        status = os.fstat(self._descriptor)
-        return _identity(self._path)[:2] == (status.st_dev, status.st_ino)
+        return _identity(self._path)[:2] == self._directory
 
     def is_same(self) -> bool:
         """Whether it is in place and nothing was recorded in it, which replaces the checksums, first and last."""
@@ -122,6 +125,7 @@ class Watch:
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _identity(path: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from ckpt_hooks.listing import Listing
 from ckpt_hooks.metadata import METADATA_FILE
 from ckpt_hooks.restoring import restore_checkpoint
 from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
 from ckpt_hooks.temporary_paths import absolute_path, is_committed
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import STRUCTURE_FILE
@@ -113,19 +114,19 @@ def is_run(path: str) -> bool:
     if not names.steps and not names.flax_steps:
         return False
     return not any(
-        os.path.exists(f"{path}/{own}") for own in (COMMIT_MARKER, METADATA_FILE, TREE_METADATA_FILE, STRUCTURE_FILE)
+        is_there(f"{path}/{own}") for own in (COMMIT_MARKER, METADATA_FILE, TREE_METADATA_FILE, STRUCTURE_FILE)
     )
 
 
 def _require_checkpoint(path: Any) -> str:
     absolute: str = os.fspath(absolute_path(os.path.expanduser(path)))
-    if os.path.isfile(absolute):  # of msgpack
+    if is_file(absolute):  # of msgpack
         return absolute
     if is_run(absolute):
         raise InvalidArgumentError(
             f"{absolute} is a run: restore its newest checkpoint with CheckpointManager, or name one of its steps"
         )
-    if not os.path.isdir(absolute):
+    if not is_directory(absolute):
         raise CheckpointNotFoundError(f"there is no checkpoint at {absolute}")
     if not is_committed(absolute):
         raise IncompleteCheckpointError(f"{absolute} is no checkpoint, or one that was never committed")

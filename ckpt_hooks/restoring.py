@@ -38,6 +38,7 @@ from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
 from ckpt_hooks.reading import Watch, describe_checkpoint, read_checkpoint, read_unchanged
 from ckpt_hooks.run import METRICS_ITEM, OvertakenError, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
+from ckpt_hooks.storage.lookup import is_directory
 from ckpt_hooks.temporary_paths import is_temporary
 
 __all__ = [
@@ -67,6 +68,7 @@ _NOT_DAMAGE = (
     MemoryError,
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
+_FAULT_ERRNOS = frozenset({errno.EIO, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT})
 _TREE_HANDLERS = (StandardCheckpointHandler, OrbaxItemHandler)  # which take a target
 # The names under which Orbax (v0, v1) and we keep a state that is a single item.
 _SINGLE_ITEMS = ("default", "pytree", train_state.WHOLE)
@@ -107,7 +109,7 @@ def read_or_reject(run: RunDirectory, step: int, read: Callable[[], _T], watch: 
     Raises OvertakenError where a writer has put another one in its place, and whatever `read` raises that is no damage.
     """
     try:
-        restored = read()
+        restored = _once_more_after_a_fault(read, f"step {step} of {run.path}")
     except _NOT_DAMAGE:
         raise
     except Exception as error:  # another library's damage comes in every class
@@ -122,6 +124,17 @@ def read_or_reject(run: RunDirectory, step: int, read: Callable[[], _T], watch: 
     if not watch.is_gone() and not watch.is_in_place():
         raise OvertakenError  # what was read took the place of the newest, and newer ones may not have gone yet
     return restored
+
+
+def _once_more_after_a_fault(read: Callable[[], _T], what: str) -> _T:
+    # A disk or a network that fails once must not cost the run its newest step; what is damaged fails again.
+    try:
+        return read()
+    except OSError as error:
+        if error.errno not in _FAULT_ERRNOS:
+            raise
+        _log.warning("%s is read once more after %s", what, error)
+        return read()
 
 
 def nothing_left(run: RunDirectory, rejected: Mapping[int, str]) -> CheckpointError:
@@ -209,7 +222,7 @@ class _Checkpoint:
         metadata = found or StepMetadata()
         recorded = metadata.item_handlers if isinstance(metadata.item_handlers, Mapping) else {}
         checksums = FileChecksums.of_checkpoint(path, METADATA_FILE)
-        if found is None and checksums is None and not os.path.isdir(path):
+        if found is None and checksums is None and not is_directory(path):
             # Its removal overtook the listing, which may have found a part of its items, or none: not an empty state.
             raise CheckpointNotFoundError(f"{path} was removed while it was read")
         if checksums is not None:
@@ -370,7 +383,7 @@ def _object_args(value: Any, changes: Changes) -> CheckpointArgs:
 def _handler_of_whole(path: str) -> Any:
     """What reads a checkpoint that has no items; None for one that has."""
     is_tree = StandardCheckpointHandler.recognizes(path)
-    if is_tree and not os.path.isdir(os.path.join(path, ARRAY_NAME)):
+    if is_tree and not is_directory(os.path.join(path, ARRAY_NAME)):
         return StandardCheckpointHandler()
     recorded = (read_step_metadata(path) or StepMetadata()).item_handlers
     if isinstance(recorded, str):

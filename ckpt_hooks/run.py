@@ -33,6 +33,7 @@ from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata,
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
+from ckpt_hooks.storage.lookup import is_directory, is_named
 from ckpt_hooks.temporary_paths import absolute_path, is_committed
 
 __all__ = ["METRICS_ITEM", "OvertakenError", "RunDirectory"]
@@ -55,7 +56,7 @@ class RunDirectory:
 
     def __init__(self, directory: Any) -> None:
         self.path = os.fspath(absolute_path(os.path.expanduser(directory)))
-        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+        if is_named(self.path) and not is_directory(self.path):
             raise UnwritableDirectoryError(
                 f"{self.path} is a file; a run is a directory of checkpoints. Choose another path."
             )
@@ -98,7 +99,7 @@ class RunDirectory:
         for step in self._listed_steps():
             if self.is_checkpoint(step):
                 yield step
-            elif step not in self.rejected and not os.path.lexists(self.find(step)):
+            elif step not in self.rejected and not is_named(self.find(step)):
                 raise OvertakenError
 
     def _listed_steps(self) -> Sequence[int]:
@@ -130,7 +131,7 @@ class RunDirectory:
                 return False
             del self.rejected[step]  # somebody has put another one there
         committed = path != self.step_path(step) or is_committed(path)
-        if not committed and path not in self._warned and os.path.lexists(path):
+        if not committed and path not in self._warned and is_named(path):
             self._warned.add(path)
             _log.warning("%s is not a checkpoint (it was never committed) and is ignored", path)
         return committed
@@ -141,9 +142,9 @@ class RunDirectory:
         if not is_committed(path):
             if is_flax_checkpoint(flax_path(self.path, step)):
                 return flax_path(self.path, step)
-            if not os.path.isdir(path):
+            if not is_directory(path):
                 raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}; there are {self.steps()}")
-            if not os.path.lexists(path):  # a writer has removed it in between
+            if not is_named(path):  # a writer has removed it in between
                 raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}")
             raise IncompleteCheckpointError(f"step {step} of {self.path} was never committed; there are {self.steps()}")
         return path
@@ -173,7 +174,7 @@ class RunDirectory:
             recorded = {}
             for step in self.newest_first():
                 recorded[step] = self.metrics(step)
-                if not recorded[step] and not os.path.lexists(self.find(step)):
+                if not recorded[step] and not is_named(self.find(step)):
                     raise OvertakenError  # it recorded something, perhaps, and nobody can say any more what
             return recorded
 
@@ -251,7 +252,7 @@ class RunDirectory:
         for rejected in list(self.rejected):
             self._set_aside(rejected, "damaged", self.find(rejected))
             del self.rejected[rejected]
-        if os.path.lexists(self.step_path(step)) and not is_committed(self.step_path(step)):
+        if is_named(self.step_path(step)) and not is_committed(self.step_path(step)):
             self._set_aside(step, "stray", self.step_path(step))
 
     def reject(self, reasons: Mapping[int, str]) -> None:
@@ -336,7 +337,7 @@ class RunDirectory:
             replace_file(os.path.join(path, FILE), checksums.accepting(changed).encode())
         for name, data in changed.items():
             folder = os.path.dirname(os.path.join(path, name))
-            if not os.path.isdir(folder):
+            if not is_directory(folder):
                 commit.make_directory(folder)
                 commit.sync_directory(path)
             replace_file(os.path.join(path, name), data)

@@ -8,6 +8,7 @@ import os
 import time
 
 from ckpt_hooks.errors import NotSharedError
+from ckpt_hooks.storage.lookup import is_directory
 
 __all__ = ["require_shared", "token_of"]
 
@@ -28,13 +29,13 @@ def require_shared(directory: str, name: str, token: str) -> None:
     """Raises NotSharedError where this process does not find in `directory` what the primary has written there."""
     deadline_secs = time.monotonic() + _SEEN_WITHIN_SECS
     while True:
-        if os.path.isdir(directory) and token_of(os.path.join(directory, name)) == token:
+        if is_directory(directory) and token_of(os.path.join(directory, name)) == token:
             return
         if time.monotonic() > deadline_secs:
             break
         _look_anew(directory)
         time.sleep(_PAUSE_SECS)
-    found = "has another content here" if os.path.isdir(directory) else "is not there"
+    found = "has another content here" if is_directory(directory) else "is not there"
     raise NotSharedError(
         f"the primary process has made {directory}, and in this process it {found}, {_SEEN_WITHIN_SECS:g} s later: the "
         "directory is not shared. Choose one on storage that all processes see, or give each its own with "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import errno
 import logging
 import os
 import time
@@ -24,7 +23,6 @@ from ckpt_hooks.errors import (
     DiskFullError,
     IncompleteCheckpointError,
     InvalidArgumentError,
-    explain_os_error,
 )
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
@@ -32,6 +30,7 @@ from ckpt_hooks.shared_directory import require_shared, token_of
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.storage.lookup import is_directory, is_file, is_named, is_there
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import STRUCTURE_FILE
 
@@ -52,7 +51,6 @@ __all__ = [
 
 
 _NEW_METADATA = StepMetadata().to_json()
-_NOT_THERE_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
 
 _MARGIN_BYTES = 1 << 20  # of free space, for what is not array data
 
@@ -117,7 +115,7 @@ class TemporaryPath(abc.ABC):
     def is_finalized(cls, path: Any) -> bool:
         """Whether `path` was committed in this class's way."""
         directory = os.fspath(path)
-        return os.path.isdir(directory) and not is_temporary(directory) and not _is_incomplete(directory)
+        return is_directory(directory) and not is_temporary(directory) and not _is_incomplete(directory)
 
     def get(self) -> epath.Path:
         """Where to write. Raises ValueError before `create`."""
@@ -135,7 +133,7 @@ class TemporaryPath(abc.ABC):
         Raises RunLockedError where a live writer is at work on the same checkpoint.
         """
         path = os.fspath(self._temporary)
-        if os.path.lexists(path):
+        if is_named(path):
             self._remove_stale(path)
         commit.make_directory(path, self._file_options.path_permission_mode)
         self._created = True  # whatever fails from here on, `discard` removes it
@@ -234,7 +232,7 @@ class NestedTemporaryPath(AtomicRenameTemporaryPath):
         try:
             commit.make_directory(path, self._file_options.path_permission_mode)
         except FileExistsError:  # the checkpoint's directory is fresh: another process of this save was first
-            if not os.path.isdir(path):
+            if not is_directory(path):
                 raise
         self._created = True
         return self._temporary
@@ -256,7 +254,7 @@ class CommitFileTemporaryPath(TemporaryPath):
 
     @classmethod
     def is_finalized(cls, path: Any) -> bool:
-        return os.path.isfile(os.path.join(path, COMMIT_MARKER))
+        return is_file(os.path.join(path, COMMIT_MARKER))
 
     def create(self) -> epath.Path:
         path = os.fspath(self._final)
@@ -302,21 +300,21 @@ def is_committed(path: Any) -> bool:
     An empty directory is not one, and neither is one whose step metadata has no commit time.
     """
     directory = os.fspath(path)
-    if is_temporary(directory) or not _is_there(directory) or not os.path.isdir(directory):
+    if is_temporary(directory) or not is_there(directory) or not is_directory(directory):
         return False
-    if _is_there(os.path.join(directory, COMMIT_MARKER)):
+    if is_there(os.path.join(directory, COMMIT_MARKER)):
         return True
     if _is_incomplete(directory):
         return False
     names = (METADATA_FILE, FILE, TREE_METADATA_FILE)
-    if any(os.path.exists(os.path.join(directory, name)) for name in names):
+    if any(is_there(os.path.join(directory, name)) for name in names):
         return True
     try:
         entries = os.listdir(directory)
     except FileNotFoundError:
         return False  # removed since the first look at it
     inside = [directory, *(os.path.join(directory, name) for name in entries)]
-    return any(os.path.exists(os.path.join(path, TREE_METADATA_FILE)) or has_early_tree(path) for path in inside)
+    return any(is_there(os.path.join(path, TREE_METADATA_FILE)) or has_early_tree(path) for path in inside)
 
 
 def has_early_tree(directory: str) -> bool:
@@ -332,20 +330,9 @@ def has_early_tree(directory: str) -> bool:
 _MAPS = frozenset(bytes([code]) for code in (*range(0x80, 0x90), 0xDE, 0xDF))
 
 
-def _is_there(path: str) -> bool:
-    """`os.path.exists`, to which a disk that fails looks like an empty one: a run would begin afresh."""
-    try:
-        os.stat(path)
-    except OSError as error:
-        if error.errno in _NOT_THERE_ERRNOS:
-            return False
-        raise explain_os_error(error, f"cannot look at {path}") from error
-    return True
-
-
 def _is_incomplete(directory: str) -> bool:
     """Whether a save has begun here and has not come to its end."""
-    if os.path.exists(os.path.join(directory, COMMIT_MARKER)):
+    if is_there(os.path.join(directory, COMMIT_MARKER)):
         return False
     try:
         metadata = read_step_metadata(directory)
@@ -356,9 +343,9 @@ def _is_incomplete(directory: str) -> bool:
 
 def check_destination(final: epath.Path, path_class: type[TemporaryPath], *, force: bool) -> None:
     """Raises DestinationExistsError where what is at `final` may not give way to a checkpoint."""
-    if not os.path.isdir(final):
+    if not is_directory(final):
         raise DestinationExistsError(f"{final} is a file; a checkpoint is a directory. Choose another path.")
-    begun = os.path.exists(final / METADATA_FILE)
+    begun = is_there(final / METADATA_FILE)
     if force and (begun or is_committed(final) or not os.listdir(final)):
         return
     if force:
@@ -376,7 +363,7 @@ def check_destination(final: epath.Path, path_class: type[TemporaryPath], *, for
 def require_free_bytes(directory: str, needed_bytes: int) -> None:
     """Raises DiskFullError where the file system of `directory` has less than `needed_bytes` free."""
     folder = directory
-    while not os.path.isdir(folder):
+    while not is_directory(folder):
         folder = os.path.dirname(folder)
     space = os.statvfs(folder)
     free_bytes = space.f_bavail * space.f_frsize
@@ -398,7 +385,7 @@ def absolute_path(directory: Any) -> epath.Path:
 def require_finalized(directory: Any, path_class: type[TemporaryPath]) -> epath.Path:
     """The absolute path of a whole checkpoint; raises for one that is missing or was never committed."""
     path = absolute_path(directory)
-    if not os.path.isdir(os.fspath(path)):
+    if not is_directory(os.fspath(path)):
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}")
     if not path_class.is_finalized(path):
         raise IncompleteCheckpointError(

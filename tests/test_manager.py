@@ -739,6 +739,27 @@ def test_verify_names_the_damage(make: Make, run: Path, spoil: Callable[[Path], 
     assert manager.verify(5) == []
 
 
+@pytest.mark.parametrize(("times", "found"), [(1, 10), (2, 5)])
+def test_a_single_fault_of_the_file_system_costs_no_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, times: int, found: int
+) -> None:
+    """The newest checkpoint is read once more after an EIO, and passed over only when that fails as well."""
+    manager = make()
+    save_steps(manager, 5, 10)
+    preadv, faults = os.preadv, iter(range(times))
+
+    def failing(*arguments: Any) -> int:
+        if next(faults, None) is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with caplog.at_level(logging.WARNING, "ckpt_hooks"):
+        assert_is_state_at(found, manager.restore(state_at(0)))
+    assert "step 10" in messages(caplog, logging.WARNING)[0]
+    assert manager.steps() == [5, 10][: found // 5]
+
+
 def test_when_none_verifies_the_error_has_every_reason(make: Make, run: Path) -> None:
     """Where no checkpoint verifies, the error lists each one's reason, and nothing is removed."""
     manager = make()

@@ -74,7 +74,7 @@ def test_a_step_that_goes_while_it_is_asked_for_was_not_found(
         "metadata": lambda: reader.metadata(20),
         "verify": lambda: reader.verify(20),
     }
-    for owner, name in ((os.path, "isdir"), (FileChecksums, "of_checkpoint")):
+    for owner, name in ((os, "stat"), (FileChecksums, "of_checkpoint")):
         with monkeypatch.context() as patch:
             after_first(patch, owner, name, lambda: writer.delete(20))
             with pytest.raises(CheckpointNotFoundError):

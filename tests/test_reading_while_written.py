@@ -173,15 +173,15 @@ def test_the_newest_that_goes_when_it_has_been_read_was_the_newest(run: Path) ->
 def test_a_directory_that_goes_while_one_looks_is_no_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a directory is committed is False, and no error, where it is removed in between."""
     save(run, 1)
-    isdir = os.path.isdir
+    stat = os.stat
 
-    def remove_after(path: str) -> bool:
-        there = isdir(path)
+    def remove_after(path: str, **options: Any) -> os.stat_result:
+        found = stat(path, **options)
         monkeypatch.undo()
         shutil.rmtree(path)
-        return there
+        return found
 
-    monkeypatch.setattr(os.path, "isdir", remove_after)
+    monkeypatch.setattr(os, "stat", remove_after)
     assert not is_committed(str(run / "1"))
 
 

@@ -302,14 +302,23 @@ def construct_checkpoint_args(handler: Any, for_save: bool, *args: Any, **kwargs
     save_cls, restore_cls = get_registered_args_cls(handler)
     args_cls = save_cls if for_save else restore_cls
     try:
-        _signature_of(args_cls).bind(*args, **kwargs)
+        return args_cls(*args, **kwargs)
     except TypeError as error:
+        if _binds(args_cls, *args, **kwargs):
+            raise
         verb = "save" if for_save else "restore"
         raise InvalidArgumentTypeError(
             f"{type(handler).__qualname__} cannot {verb} with these arguments: {error}; it takes "
             f"{args_cls.__qualname__}{_signature_of(args_cls)}"
         ) from None
-    return args_cls(*args, **kwargs)
+
+
+def _binds(args_cls: type, *args: Any, **kwargs: Any) -> bool:
+    try:
+        _signature_of(args_cls).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 _signature_of: Callable[[type], inspect.Signature] = functools.cache(inspect.signature)

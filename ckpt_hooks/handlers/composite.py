@@ -37,6 +37,7 @@ from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.storage.lookup import is_directory
 from ckpt_hooks.temporary_paths import (
     FileOptions,
     NestedTemporaryPath,
@@ -257,7 +258,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         for name, item_args in wanted.items():
             if name not in saved and name not in recorded:
                 raise ItemNotFoundError(f"{directory} has no item {name!r}; there are {saved}")
-            if not os.path.isdir(directory / name):
+            if not is_directory(directory / name):
                 raise CorruptCheckpointError(f"{directory / name} is missing: the item was saved")
             if checksums is not None:
                 checksums.check(os.fspath(directory), below=name)
@@ -305,7 +306,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
 
     def metadata(self, directory: epath.Path) -> CompositeArgs:
         """{item: what its handler tells}; None for an item whose handler is not known or tells nothing."""
-        if not os.path.isdir(directory):
+        if not is_directory(directory):
             raise CheckpointNotFoundError(f"there is no checkpoint at {directory}")
         recorded = self._recorded_handlers(directory)
         present = _present_items(directory, recorded, FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE))

@@ -16,6 +16,7 @@ from ckpt_hooks.metadata import METADATA_FILE
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
+from ckpt_hooks.storage.lookup import is_file
 
 __all__ = ["JsonCheckpointHandler", "JsonRestoreArgs", "JsonSaveArgs"]
 
@@ -62,15 +63,15 @@ class JsonCheckpointHandler(CheckpointHandler):
     def _find(self, directory: str) -> str:
         """The file; a checkpoint that is read without its handler may have another name for it."""
         path = os.path.join(directory, self._filename)
-        if os.path.isfile(path):
+        if is_file(path):
             return path
-        if os.path.isfile(os.path.join(directory, METADATA_FILE)):  # a checkpoint that is a JSON item and nothing else
+        if is_file(os.path.join(directory, METADATA_FILE)):  # a checkpoint that is a JSON item and nothing else
             with os.scandir(directory) as entries:
                 names = [entry.name for entry in entries if entry.is_file() and entry.name not in _NOT_CONTENT]
             if len(names) == 1:
                 return os.path.join(directory, names[0])
         same_name = os.path.join(directory, os.path.basename(directory))  # Orbax's metrics/metrics
-        if os.path.isfile(same_name):
+        if is_file(same_name):
             return same_name
         raise CheckpointNotFoundError(f"{directory} holds no JSON item: it has no file {self._filename!r}")
 

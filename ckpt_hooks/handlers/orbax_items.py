@@ -22,6 +22,7 @@ from ckpt_hooks.errors import CorruptCheckpointError, InvalidArgumentError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, register_with_handler
 from ckpt_hooks.handlers.pytree import StandardRestoreArgs
 from ckpt_hooks.loading import NO_TARGET, SavedTree
+from ckpt_hooks.storage.lookup import is_file
 
 __all__ = ["ARRAY_NAME", "OrbaxItemHandler", "OrbaxItemRestoreArgs"]
 
@@ -91,7 +92,7 @@ class _Renamed:
 
 def _open(directory: str) -> tuple[SavedTree, dict[str, Any] | None]:
     """The tree of an item, and what is recorded of the kind of key; None for an array."""
-    if os.path.isfile(os.path.join(directory, tree.METADATA_FILE)):
+    if is_file(os.path.join(directory, tree.METADATA_FILE)):
         return _OneArray(directory), None
     names = set(os.listdir(directory))
     name = next((name for name in sorted(names) if f"{name}{_KEY_METADATA}" in names), None)

@@ -47,6 +47,7 @@ from ckpt_hooks.processes import Writers
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.compression import CompressingWriter
 from ckpt_hooks.storage.layout import Layout
+from ckpt_hooks.storage.lookup import is_file
 from ckpt_hooks.storage.memory import host_bytes
 from ckpt_hooks.storage.writer import ArrayWriter, HostMemory, Sources
 
@@ -146,7 +147,7 @@ class StandardCheckpointHandler(CheckpointHandler):
 
     @classmethod
     def recognizes(cls, directory: str) -> bool:
-        return os.path.isfile(os.path.join(directory, tree.METADATA_FILE)) or MsgpackTree.is_at(directory)
+        return is_file(os.path.join(directory, tree.METADATA_FILE)) or MsgpackTree.is_at(directory)
 
     @classmethod
     def typestr(cls) -> str:

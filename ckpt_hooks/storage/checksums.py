@@ -39,6 +39,7 @@ import xxhash
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
 
 __all__ = [
     "ARRAY_FILE",
@@ -48,6 +49,7 @@ __all__ = [
     "FileChecksums",
     "ItemChecksums",
     "PieceTable",
+    "content_of",
     "digest",
     "read_file",
 ]
@@ -118,7 +120,7 @@ class ArrayChecksums:
         """Reads every data file and names each piece that is not what was saved."""
         for name, (pieces, nbytes) in self.files.items():
             path = os.path.join(directory, name)
-            found_nbytes = os.path.getsize(path) if os.path.isfile(path) else None
+            found_nbytes = os.path.getsize(path) if is_file(path) else None
             if found_nbytes != nbytes:
                 yield f"{path}: {_size(found_nbytes)}, saved with {nbytes} bytes"
                 continue
@@ -237,10 +239,9 @@ class FileChecksums:
 
         Raises CorruptCheckpointError when it does not verify itself.
         """
+        path = os.path.join(directory, FILE)
         try:
-            path = os.path.join(directory, FILE)
-            with open(path, "rb") as file:
-                return cls.decode(file.read(), path)
+            return cls.decode(content_of(path), path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -252,12 +253,12 @@ class FileChecksums:
         has neither.
         """
         checksums = cls.read(directory)
-        if checksums is None and os.path.isdir(directory):
+        if checksums is None and is_directory(directory):
             with os.scandir(directory) as entries:
                 folders = [entry.path for entry in entries if entry.is_dir()]
-            if os.path.exists(os.path.join(directory, metadata_file)):
+            if is_there(os.path.join(directory, metadata_file)):
                 folders.append(directory)
-            if any(os.path.exists(os.path.join(folder, ARRAY_FILE)) for folder in folders):
+            if any(is_there(os.path.join(folder, ARRAY_FILE)) for folder in folders):
                 raise CorruptCheckpointError(f"{os.path.join(directory, FILE)} is missing")
         return checksums
 
@@ -291,7 +292,7 @@ class FileChecksums:
         files: dict[str, tuple[Digest, ...]] = {}
         for row in body.decode().splitlines()[1:]:
             hexdigest, nbytes, quoted = row.split(" ", 2)
-            name = json.loads(quoted)
+            name = json.loads(quoted) if "\\" in quoted else quoted[1:-1]
             files[name] = (*files.get(name, ()), (hexdigest, int(nbytes)))
         return cls(files)
 
@@ -343,10 +344,21 @@ class FileChecksums:
 def read_file(path: str) -> bytes:
     """What is in a file of a checkpoint. Raises CorruptCheckpointError where it is missing."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        return content_of(path)
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{path} is missing") from None
+
+
+def content_of(path: str) -> bytes:
+    """What is in a file, without a file object, which costs more than reading the small files that most of them are."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        blocks = [os.read(descriptor, os.fstat(descriptor).st_size + 1)]
+        while blocks[-1]:
+            blocks.append(os.read(descriptor, _READ_NBYTES))
+    finally:
+        os.close(descriptor)
+    return b"".join(blocks)
 
 
 def array_problems(directory: str) -> Iterator[str]:
@@ -383,7 +395,6 @@ def _digest_of(data: bytes) -> Digest:
 
 
 def _file_digest(path: str) -> Digest:
-    # Without a file object, which costs more than reading the small files that most of them are.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         state, nbytes = xxhash.xxh3_64(), 0

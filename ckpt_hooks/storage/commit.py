@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterable
 
 from ckpt_hooks.errors import RunLockedError, explain_os_error
+from ckpt_hooks.storage.lookup import is_directory, is_named, is_there
 
 __all__ = [
     "COMMIT_MARKER",
@@ -63,7 +64,7 @@ def make_directory(path: str, mode: int | None = None) -> None:
     """Makes a directory and, durably, the parents that it lacks; raises an error that names the path."""
     try:
         parent = os.path.dirname(path)
-        if not os.path.isdir(parent):
+        if not is_directory(parent):
             make_parents(parent)
         os.mkdir(path)
         if mode is not None:
@@ -75,8 +76,8 @@ def make_directory(path: str, mode: int | None = None) -> None:
 def make_parents(path: str) -> None:
     """Makes a directory and its parents, where they are not there, so that a power cut leaves them."""
     missing = []
-    while not os.path.isdir(path):
-        if os.path.lexists(path):
+    while not is_directory(path):
+        if is_named(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         missing.append(path)
         path = os.path.dirname(path)
@@ -211,7 +212,7 @@ def publish(temporary: str, final: str, *, replace: bool = False) -> None:
     """
     with contextlib.ExitStack() as undo:
         old = None
-        if not replace or not os.path.lexists(final):
+        if not replace or not is_named(final):
             os.rename(temporary, final)
             undo.callback(os.rename, final, temporary)
         elif _exchange(temporary, final):
@@ -306,7 +307,7 @@ def move_aside(path: str, label: str, beside: str = "") -> str:
 
 def _unused(stem: str, suffix: str) -> str:
     candidate, number = stem + suffix, 1
-    while os.path.lexists(candidate):
+    while is_named(candidate):
         candidate, number = f"{stem}.{number}{suffix}", number + 1
     return candidate
 
@@ -318,7 +319,7 @@ def remove_dead_temporaries(directory: str) -> list[str]:
         names = [entry.name for entry in entries if TMP_SUFFIX in entry.name]
     for name in names:
         path = os.path.join(directory, name)
-        if os.path.isdir(path) and not _is_dead(path):
+        if is_directory(path) and not _is_dead(path):
             continue
         try:
             if _take_back(path):
@@ -334,10 +335,10 @@ def remove_dead_temporaries(directory: str) -> list[str]:
 def _take_back(path: str) -> bool:
     """Undoes a replacement whose writer died before the new checkpoint was one; whether there was any to undo."""
     final, replaced, _ = path.partition(f"{_REPLACED}{TMP_SUFFIX}")
-    if not replaced or os.path.exists(os.path.join(final, COMMIT_MARKER)):
+    if not replaced or is_there(os.path.join(final, COMMIT_MARKER)):
         return False
-    if os.path.lexists(final):
-        if os.path.isdir(final) and not _is_dead(final):
+    if is_named(final):
+        if is_directory(final) and not _is_dead(final):
             return True
         remove_tree(final)  # half-written, in place
     os.rename(path, final)

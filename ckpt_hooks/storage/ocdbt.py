@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError
-from ckpt_hooks.storage.varints import decode_varints, encode_varints, varint
+from ckpt_hooks.storage.varints import decode_integers, decode_varints, encode_varints, varint
 
 __all__ = [
     "Child",
@@ -318,9 +318,8 @@ class _Reader:
         return values.astype(np.int64)
 
     def column(self, num: int) -> list[int]:
-        values, self._at = decode_varints(self._bytes, self._at, num)
-        integers: list[int] = values.tolist()
-        return integers
+        values, self._at = decode_integers(self._bytes, self._at, num)
+        return values
 
     def file_table(self) -> list[str]:
         (num,) = self.column(1)

@@ -24,6 +24,7 @@ from ckpt_hooks.storage.checksums import ARRAY_FILE, ItemChecksums, PieceTable, 
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompressed
 from ckpt_hooks.storage.layout import ALIGNMENT_BYTES, array_key
+from ckpt_hooks.storage.lookup import is_file
 from ckpt_hooks.storage.memory import Bytes, aligned_memory
 from ckpt_hooks.storage.ocdbt import I64
 from ckpt_hooks.storage.regions import Overlap, Region, overlaps, shape_of, whole
@@ -101,7 +102,7 @@ class Database:
     @staticmethod
     def is_ours(directory: str) -> bool:
         """Whether the item was written by this library."""
-        return os.path.isfile(os.path.join(directory, ARRAY_FILE))
+        return is_file(os.path.join(directory, ARRAY_FILE))
 
     def info(self, name: str) -> ArrayInfo:
         """Shape, dtype and chunks of an array."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError
 
-__all__ = ["U64", "decode_varints", "encode_varints", "varint"]
+__all__ = ["U64", "decode_integers", "decode_varints", "encode_varints", "varint"]
 
 U64 = npt.NDArray[np.uint64]
 
@@ -53,7 +53,8 @@ def encode_varints(values: Sequence[int] | U64) -> bytes:
 def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
     """`num` LEB128 integers from `start`, and the position after them."""
     if num <= _FEW:
-        return _decode_few(buffer, start, num)
+        integers, end = _decode_few(buffer, start, num)
+        return np.array(integers, np.uint64), end
     window = buffer[start : start + 10 * num]
     ends = np.flatnonzero(window < 0x80)[:num]
     if len(ends) < num:
@@ -70,8 +71,16 @@ def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple
     return values, start + int(ends[-1]) + 1
 
 
-def _decode_few(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
-    values = []
+def decode_integers(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[list[int], int]:
+    """`decode_varints` as Python integers."""
+    if num <= _FEW:
+        return _decode_few(buffer, start, num)
+    values, end = decode_varints(buffer, start, num)
+    return values.tolist(), end
+
+
+def _decode_few(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[list[int], int]:
+    values: list[int] = []
     value = shift = end = 0
     for end, byte in enumerate(buffer[start : start + 10 * num].tolist() if num else (), start + 1):
         value |= (byte & 0x7F) << shift
@@ -81,8 +90,8 @@ def _decode_few(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U6
                 raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
             values.append(value)
             if len(values) == num:
-                return np.array(values, np.uint64), end
+                return values, end
             value = shift = 0
     if num:
         raise CorruptCheckpointError("index node ends in the middle of an integer")
-    return np.zeros(0, np.uint64), start
+    return values, start
