@@ -82,13 +82,22 @@ class OperationBarriers:
         self._timeout_secs = options.barrier_timeout_secs or DEFAULT_BARRIER_TIMEOUT_SECS
         self._has_left = len(self._members) == 1  # and so has nobody to tell
 
-    def meet(self, name: str, claim: str = "", told: str = "") -> str:
+    def meet(
+        self,
+        name: str,
+        claim: str = "",
+        told: str = "",
+        said: str = "",
+        hear: Callable[[Mapping[int, str]], None] = lambda said: None,
+    ) -> str:
         """Waits until every process is here and has made the same claim.
 
         Args:
           name: of the barrier, within the operation.
           claim: lines that have to be the same in every process.
           told: what the leader has to tell the others.
+          said: one line that each process has for itself, for `hear`.
+          hear: given {process: what it said}, in the leader alone, once all agree; what it raises fails the operation.
 
         Returns: what the leader tells.
 
@@ -98,11 +107,15 @@ class OperationBarriers:
           ProcessesDisagreeError: (ValueError) names those whose claim is not the leader's, and where they differ.
         """
 
-        def judge(claims: Mapping[int, str]) -> tuple[str, str]:
-            dispute = _dispute(self._leader, claim, claims)
-            return (_DISAGREES, dispute) if dispute else (_GOES_ON, told)
+        def judge(others: Mapping[int, str]) -> tuple[str, str]:
+            lines = {process: line.partition("\n") for process, line in others.items()}
+            dispute = _dispute(self._leader, claim, {process: theirs for process, (_, _, theirs) in lines.items()})
+            if dispute:
+                return _DISAGREES, dispute
+            hear({processes.index(): said, **{process: line for process, (line, _, _) in lines.items()}})
+            return _GOES_ON, told
 
-        return self._pass(name, claim, judge)
+        return self._pass(name, f"{said}\n{claim}", judge)
 
     def consult(self, name: str, said: str, decide: Callable[[Mapping[int, str]], str]) -> str:
         """What the leader decides, from what each process has said; every process has to be here.

@@ -207,9 +207,14 @@ class Checkpointer:
         return save
 
     def _create(self, temporary: TemporaryPath, final: epath.Path, nbytes: int, operation: int, claim: str) -> None:
-        self._barrier("create_tmp_directory:pre", operation, claim)
+        path = os.fspath(final)
+        if self._is_alone or self._multiprocessing_options.primary_host is None:  # storage of its own
+            self._barrier("create_tmp_directory:pre", operation, claim)
+            require_free_bytes(path, {0: nbytes})
+        else:
+            hear = functools.partial(require_free_bytes, path)
+            self._barriers(operation).meet("create_tmp_directory:pre", claim, said=str(nbytes), hear=hear)
         if self._is_primary:
-            require_free_bytes(os.fspath(final), nbytes)
             temporary.create()
         told = "" if self._is_alone else temporary.token()
         token = self._barrier("create_tmp_directory:post", operation, told=told)
@@ -240,12 +245,8 @@ class Checkpointer:
         events.record_duration_secs(events.WRITE_TOTAL_SECS, self.last_save_secs)
 
     def _commit(self, save: _Save, path: epath.Path) -> None:
-        self._store.update(
-            path / METADATA_FILE,
-            custom_metadata=dict(save.custom_metadata),
-            item_handlers=self._handler_names(),
-            metrics=dict(save.metrics),
-        )
+        recorded = {"custom_metadata": dict(save.custom_metadata), "metrics": dict(save.metrics)}
+        self._store.update(path / METADATA_FILE, item_handlers=self._handler_names(), **recorded)
         self._handler.finalize(path)
         save.temporary.finalize()
 
@@ -378,8 +379,7 @@ class AsyncCheckpointer(Checkpointer):
             cause = self._failed(save, error)
             failure = SaveFailedError(f"the background save of {save.final} failed: {cause}")
             failure.__cause__ = cause
-            self.failure = failure
-            untold[self] = failure  # until the next call raises it
+            self.failure = untold[self] = failure  # untold until the next call raises it
         finally:
             self._is_idle.set()
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from etils import epath
@@ -360,18 +360,26 @@ def check_destination(final: epath.Path, path_class: type[TemporaryPath], *, for
     )
 
 
-def require_free_bytes(directory: str, needed_bytes: int) -> None:
-    """Raises DiskFullError where the file system of `directory` has less than `needed_bytes` free."""
+def require_free_bytes(directory: str, said: Mapping[int, int | str]) -> None:
+    """Raises DiskFullError where the file system of `directory` has too little room for what all processes write.
+
+    Args:
+      said: {process: how many bytes it will write}.
+    """
     folder = directory
     while not is_directory(folder):
         folder = os.path.dirname(folder)
     space = os.statvfs(folder)
     free_bytes = space.f_bavail * space.f_frsize
-    if free_bytes < needed_bytes + _MARGIN_BYTES:
-        raise DiskFullError(
-            f"{directory}: the checkpoint needs {needed_bytes:,} bytes and {free_bytes:,} are free. "
-            "Nothing was written; free some space, or keep fewer checkpoints (`keep=`)."
-        )
+    needed_bytes = sum(map(int, said.values()))
+    if free_bytes >= needed_bytes + _MARGIN_BYTES:
+        return
+    most = max(said, key=lambda process: int(said[process]))
+    shares = f" in {len(said)} processes (the most, {int(said[most]):,}, in process {most})" if len(said) > 1 else ""
+    raise DiskFullError(
+        f"{directory}: the checkpoint needs {needed_bytes:,} bytes{shares} and {free_bytes:,} are free. "
+        "Nothing was written; free some space, or keep fewer checkpoints (`keep=`)."
+    )
 
 
 def absolute_path(directory: Any) -> epath.Path:

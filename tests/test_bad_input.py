@@ -102,7 +102,7 @@ def test_too_little_space_is_found_before_writing(disk: Path, async_save: bool) 
 def test_a_disk_that_fills_up_while_writing(disk: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool) -> None:
     """A disk that is full in the middle of a save fails it clearly, keeps no part of it, and the next one works."""
     # Somebody else takes the space between the look at it and the writing.
-    monkeypatch.setattr("ckpt_hooks.checkpointer.require_free_bytes", lambda directory, needed_bytes: None)
+    monkeypatch.setattr("ckpt_hooks.checkpointer.require_free_bytes", lambda directory, said: None)
     with CheckpointManager(disk / "run", async_save=async_save) as manager:
         manager.save(1, state_at(1, 2 * MIB))
         manager.wait()

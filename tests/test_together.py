@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -111,6 +112,27 @@ def test_a_directory_that_is_not_shared_is_found_out(nursery: Nursery, tmp_path:
             assert f"process {count - 1} failed: NotSharedError" in text
             assert secs < 20
         assert process.report["here"] == []
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_too_little_space_for_what_all_write_is_found_before_anything_is_written(
+    nursery: Nursery, tmp_path: Path, count: int
+) -> None:
+    """A shared disk has to have room for the sum, and the figures are named; one of its own only for its own part."""
+    free_mib = 4 * count  # each writes 4 MiB, and some room has to be left
+    ended = nursery.run_group(together.too_little_space, tmp_path, count, free_mib)
+    words = rf"needs (\S+) bytes in {count} processes \(the most, (\S+), in process 0\) and (\S+) are free"
+    for number, process in enumerate(ended):
+        assert process.code == 0, process.log
+        text, secs = process.report.pop("shared")
+        assert text.startswith("OtherProcessError: process 0 failed: DiskFullError" if number else "DiskFullError")
+        figures = re.search(words, text)
+        assert figures, text
+        needed, most, free = (int(figure.replace(",", "")) for figure in figures.groups())
+        assert (needed >> 20, most >> 20, free) == (4 * count, 4, free_mib << 20)
+        assert secs < 20
+        assert process.report.pop("own")[0] == "nothing"
+        assert process.report == {"shared left": [], "shared then": 2, "own left": ["1"], "own then": 2}
 
 
 # ------------------------------------------------------------------ who does what

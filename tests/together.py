@@ -163,6 +163,33 @@ def not_shared(folder: Path) -> Any:
     return {"said": said, "here": sorted(os.listdir(folder / "here" / "run"))}
 
 
+def too_little_space(folder: Path, free_mib: int) -> Any:
+    """Each process writes MiB of its own, onto a disk that has only so much free; then onto one that has enough."""
+    real, values = os.statvfs, np.zeros((2 * jax.device_count(), 1 << 18), np.float32)  # 2 MiB of each device
+    state = {"w": global_array(values, PartitionSpec(("x", "y")))}
+
+    def almost_full(path: Any) -> os.statvfs_result:
+        block_bytes, *rest = real(path)
+        return os.statvfs_result((block_bytes, 1 << 20, rest[1], free_mib, free_mib, *rest[4:]))
+
+    found: dict[str, Any] = {}
+    for name, primary in (("shared", 0), ("own", None)):
+        options = ckpt_hooks.MultiprocessingOptions(primary_host=primary)
+        own = folder / (f"run_{jax.process_index()}" if primary is None else "run")
+        with ckpt_hooks.CheckpointManager(own, timeout_secs=60, multiprocessing_options=options) as manager:
+            os.statvfs = almost_full
+            found[name] = error_of(lambda: manager.save(1, state))
+            manager.wait()
+            os.statvfs = real
+            wait_for_all(f"told {name}")
+            found[f"{name} left"] = sorted(path for path in os.listdir(own) if not path.startswith("."))
+            wait_for_all(f"listed {name}")
+            manager.save(2, state)
+            manager.wait()
+            found[f"{name} then"] = manager.latest_step()
+    return found
+
+
 # ------------------------------------------------------------------ who does what
 
 
