@@ -19,6 +19,7 @@ what was found and what to do::
         ├── MetricNotFoundError         KeyError           no checkpoint recorded that metric
         ├── ClassNotFoundError          ImportError        typed=True: a class that cannot be imported, or has changed
         ├── StructureMismatchError      ValueError         `like` and the checkpoint differ, leaf by leaf
+        │   └── PartialCheckpointError                     it is the part of one process, and more is asked for
         ├── CorruptCheckpointError      ValueError         bytes that are not the ones that were saved
         │   └── NoValidCheckpointError                     every candidate of a run was rejected
         ├── UnwritableDirectoryError    OSError            the directory cannot be written
@@ -39,6 +40,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Self
 
 __all__ = [
     "BarrierTimeoutError",
@@ -60,6 +62,7 @@ __all__ = [
     "NotSerializableError",
     "NotSharedError",
     "OtherProcessError",
+    "PartialCheckpointError",
     "Preempted",
     "ProcessesDisagreeError",
     "RunLockedError",
@@ -135,6 +138,19 @@ class ClassNotFoundError(CheckpointError, ImportError):
 
 class StructureMismatchError(CheckpointError, ValueError):
     """The checkpoint and the structure to restore into differ; the message lists every leaf."""
+
+
+class PartialCheckpointError(StructureMismatchError):
+    """The checkpoint is whole and is the part of one process (`primary_host=None`); what was asked for is in others."""
+
+    @classmethod
+    def of(cls, process: int, lacking: str) -> Self:
+        """That a checkpoint is this process's part."""
+        return cls(
+            f"{lacking}. The checkpoint is whole, and is the part of process {process}: each saved its own "
+            "(primary_host=None). Restore it into a target with the mesh and shardings that it was saved with, by the "
+            "same processes."
+        )
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):

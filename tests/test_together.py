@@ -215,14 +215,23 @@ def test_a_process_that_is_killed_in_a_save_is_named_and_the_run_goes_on(
 def test_each_process_may_have_storage_of_its_own(nursery: Nursery, tmp_path: Path, count: int) -> None:
     """primary_host=None: each directory has this process's shards alone, and all restore the newest step that all have.
 
+    Its part verifies as whole, what it has not is no damage: no step is rejected because more was asked for.
+
     Such a process writes alone, so its arrays may be compressed.
     """
     ended = nursery.run_group(together.own_storage, tmp_path, count)
-    for process in ended:
+    for number, process in enumerate(ended):
         assert process.code == 0, process.log
+        for asked in ("without a target", "in another mesh"):
+            text = process.report.pop(asked)
+            assert text.startswith("PartialCheckpointError") and "'kernel' lacks chunk" in text, text
+            assert f"is the part of process {number}" in text
+        assert process.report.pop("damaged", 1) == 1
         assert process.report == {
             "fresh": 0,
             "steps": [20, 30],
+            "problems": [],
+            "with a target": True,
             "restored": [True, 20],
             "again": [20, 30],
             "at 30": True,

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ckpt_hooks
 from ckpt_hooks import processes, shared_directory
+from ckpt_hooks.testing import damage
 
 
 def mesh() -> Mesh:
@@ -274,6 +275,13 @@ def resumed(folder: Path, names: list[str]) -> Any:
 # ------------------------------------------------------------------ storage of one's own, groups
 
 
+def turned(state: dict[str, Any]) -> dict[str, Any]:
+    """The same with the devices of its kernel's mesh in another order."""
+    over = Mesh(np.array(jax.devices()[::-1]).reshape(-1, 2), ("x", "y"))
+    kernel = global_array(np.zeros((64, 48), np.float32), PartitionSpec("x", "y"), over)
+    return {**state, "params": {**state["params"], "kernel": kernel}}
+
+
 def own_storage(folder: Path) -> Any:
     """Each process has a directory of its own, also at a path of its own; then one of them loses its newest step."""
     options = ckpt_hooks.MultiprocessingOptions(primary_host=None)
@@ -287,7 +295,13 @@ def own_storage(folder: Path) -> Any:
             hook(step, state_at(step))
         hook.wait()
         found["steps"] = hook.manager.steps()
+        found["problems"] = hook.manager.verify(30)
+        found["without a target"], _ = error_of(hook.manager.restore)
+        found["in another mesh"], _ = error_of(lambda: hook.restore(turned(state_at(0))))
+        found["with a target"] = is_at(hook.restore(state_at(0)), 30)
     if jax.process_index() == jax.process_count() - 1:
+        with damage.flip_bit(next((own / "30" / "params" / "d").iterdir()), 100):
+            found["damaged"] = len(hook.manager.verify(30))
         shutil.rmtree(own / "30")
     wait_for_all("lost")
     with ckpt_hooks.CheckpointHook(

@@ -11,7 +11,8 @@ part of a large one or of a node of the index), so that a restore checks only wh
 
 Where several processes write an item, each writes the table of its own data file: process 0 the one above, whose
 line has a field more, ``"tables": <number of processes>``, and process 3 ``_ARRAY_CHECKSUMS.3``. Nothing has to
-reach process 0 but the digests of these tables, which it takes with those of all other files at the commit.
+reach process 0 but the digests of these tables, which it takes with those of all other files at the commit. Where
+each process stores its own part by itself, the line says whose it is: ``"part_of_process": 3``.
 
 ``_CHECKSUMS``, in the checkpoint's own directory, covers every other file of the checkpoint, the items'
 ``_ARRAY_CHECKSUMS`` among them, so that an item swapped in from another step does not pass. It is text, in the
@@ -80,15 +81,21 @@ def array_file(process: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayChecksums:
-    """One table: {path of a data file: (its pieces, size of the file)}, and how many tables the item has."""
+    """One table: {path of a data file: (its pieces, size of the file)}, and how many tables the item has.
+
+    Attributes:
+      part_of_process: whose part of a state the item is; None where it is a whole one.
+    """
 
     files: Mapping[str, tuple[Pieces, int]]
     num_tables: int = 1
+    part_of_process: int | None = None
 
     def encode(self) -> bytes:
         """The file ``_ARRAY_CHECKSUMS``."""
         table = [[path, len(pieces), nbytes] for path, (pieces, nbytes) in self.files.items()]
         fields = {"format": 1, "files": table} | ({"tables": self.num_tables} if self.num_tables > 1 else {})
+        fields |= {} if self.part_of_process is None else {"part_of_process": self.part_of_process}
         head = json.dumps(fields).encode() + b"\n"
         body = head + b"".join(pieces.tobytes() for pieces, _ in self.files.values())
         return body + struct.pack("<Q", digest(body))
@@ -105,7 +112,7 @@ class ArrayChecksums:
         for name, num, nbytes in fields["files"]:
             pieces, rest = np.frombuffer(rest[: num * PIECE.itemsize], PIECE), rest[num * PIECE.itemsize :]
             files[name] = (pieces, nbytes)
-        return cls(files, fields.get("tables", 1))
+        return cls(files, fields.get("tables", 1), fields.get("part_of_process"))
 
     @classmethod
     def read(cls, directory: str, process: int = 0) -> ArrayChecksums:
@@ -133,6 +140,9 @@ class ArrayChecksums:
 class ItemChecksums:
     """The pieces of the data files of an item; the table of a process is read when its data file is needed.
 
+    Attributes:
+      part_of_process: as of `ArrayChecksums`.
+
     Raises CorruptCheckpointError where a table is missing, or is not what was saved.
     """
 
@@ -140,7 +150,7 @@ class ItemChecksums:
         self._directory = directory
         first = ArrayChecksums.read(directory)
         self._files = dict(first.files)
-        self._num_tables = first.num_tables
+        self._num_tables, self.part_of_process = first.num_tables, first.part_of_process
         self._checkpoint: FileChecksums | None = None
 
     def pieces(self, file: str) -> PieceTable:

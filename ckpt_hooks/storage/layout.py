@@ -223,6 +223,7 @@ class Layout:
 
     Args:
       inlines: whether small chunks stand in the index; they cannot where their bytes, compressed, are not known yet.
+      part_of_process: whose part of a state this is, where each process stores its own; None for a whole state.
 
     Attributes:
       arrays: what is stored.
@@ -231,8 +232,16 @@ class Layout:
       manifest: the template of the manifest (`ocdbt.manifest_template`).
     """
 
-    def __init__(self, arrays: Sequence[ArraySpec], num_processes: int = 1, *, inlines: bool = True) -> None:
+    def __init__(
+        self,
+        arrays: Sequence[ArraySpec],
+        num_processes: int = 1,
+        *,
+        inlines: bool = True,
+        part_of_process: int | None = None,
+    ) -> None:
         self.arrays = arrays
+        self.part_of_process = part_of_process
         self.files = [DataFile(process) for process in range(num_processes)]
         self.chunk_nbytes: list[list[int]] = [[] for _ in range(num_processes)]
         self._inline_nbytes = ocdbt.MAX_INLINE_VALUE_BYTES if inlines else 0

@@ -18,7 +18,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 and its siblings with NumPy 
 import numpy as np
 import numpy.typing as npt
 
-from ckpt_hooks.errors import CorruptCheckpointError
+from ckpt_hooks.errors import CorruptCheckpointError, PartialCheckpointError
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.checksums import ARRAY_FILE, ItemChecksums, PieceTable, check_piece, read_file
 from ckpt_hooks.storage.commit import run_parallel
@@ -154,7 +154,9 @@ class Database:
         """The number of a chunk's value."""
         number = self._numbers.get(array_key(name, overlap.suffix))
         if number is None:
-            raise CorruptCheckpointError(f"{self._directory}: array {name!r} lacks chunk {overlap.suffix}")
+            lacking = f"{self._directory}: array {name!r} lacks chunk {overlap.suffix}"
+            owner = self._checksums.part_of_process
+            raise CorruptCheckpointError(lacking) if owner is None else PartialCheckpointError.of(owner, lacking)
         return number
 
     def _fill(self, parts: Sequence[_Part]) -> None:

@@ -103,7 +103,7 @@ class ArrayWriter:
 
     def __init__(self, layout: Layout, process: int, sources: Sources) -> None:
         self._file: DataFile = layout.files[process]
-        self._num_processes = len(layout.files)
+        self._num_processes, self._part_of_process = len(layout.files), layout.part_of_process
         self._blocks = self._file.blocks  # of the caller's memory
         self._manifest_template = layout.manifest if process == 0 else None
         self._mutable, self._remote = sources.mutable, dict(sources.remote)
@@ -200,7 +200,8 @@ class ArrayWriter:
         pieces = np.zeros(len(places), PIECE)
         pieces["offset"], pieces["nbytes"] = np.array(places, np.uint64).reshape(-1, 2).T
         pieces["digest"] = [found for block in blocks for found in self._digests[block.offset]]
-        table = ArrayChecksums({self._file.name: (pieces, self._file.nbytes)}, self._num_processes)
+        data_files = {self._file.name: (pieces, self._file.nbytes)}
+        table = ArrayChecksums(data_files, self._num_processes, self._part_of_process)
         files = {self._file.table_name: table.encode()}
         if self._manifest_template is not None:
             manifest = bytearray(self._manifest_template)
