@@ -81,15 +81,11 @@ def array_file(process: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayChecksums:
-    """One table: {path of a data file: (its pieces, size of the file)}, and how many tables the item has.
-
-    Attributes:
-      part_of_process: whose part of a state the item is; None where it is a whole one.
-    """
+    """One table: {path of a data file: (its pieces, size of the file)}, and how many tables the item has."""
 
     files: Mapping[str, tuple[Pieces, int]]
     num_tables: int = 1
-    part_of_process: int | None = None
+    part_of_process: int | None = None  # whose part of a state the item is; None where it is a whole one
 
     def encode(self) -> bytes:
         """The file ``_ARRAY_CHECKSUMS``."""
@@ -139,9 +135,6 @@ class ArrayChecksums:
 
 class ItemChecksums:
     """The pieces of the data files of an item; the table of a process is read when its data file is needed.
-
-    Attributes:
-      part_of_process: as of `ArrayChecksums`.
 
     Raises CorruptCheckpointError where a table is missing, or is not what was saved.
     """
@@ -376,9 +369,7 @@ def array_problems(directory: str) -> Iterator[str]:
     for folder, _, names in os.walk(directory):
         if ARRAY_FILE in names:
             try:
-                first = ArrayChecksums.read(folder)
-                yield from first.problems(folder)
-                for process in range(1, first.num_tables):
+                for process in range(ArrayChecksums.read(folder).num_tables):
                     yield from ArrayChecksums.read(folder, process).problems(folder)
             except CorruptCheckpointError as error:
                 yield f"{folder}: {error}"
