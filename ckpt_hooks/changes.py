@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_hooks import tree
-from ckpt_hooks.errors import InvalidArgumentError, ItemNotFoundError, NameCollisionError, StructureMismatchError
+from ckpt_hooks.errors import (
+    InvalidArgumentError,
+    InvalidArgumentTypeError,
+    ItemNotFoundError,
+    NameCollisionError,
+    StructureMismatchError,
+)
 
 __all__ = ["EXACT", "Changes", "is_floating"]
 
@@ -88,6 +94,8 @@ class Changes:
             return None, self
         if isinstance(paths, str):
             raise InvalidArgumentError(f'items= is a list of names, as in items=("{paths}",)')
+        if not isinstance(paths, Iterable):
+            raise InvalidArgumentTypeError(f"items= is a list of names or paths, which are strings; got {paths!r}")
         paths = list(paths)
         wrong = [path for path in paths if not isinstance(path, str)]
         if wrong:

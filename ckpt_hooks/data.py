@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt_hooks import processes
-from ckpt_hooks.errors import InvalidArgumentError, StructureMismatchError
+from ckpt_hooks.arguments import require_count
+from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError, StructureMismatchError
 from ckpt_hooks.handlers.iterator import StatesOfAll, can_divide_anew, require_stateful, set_saved_state
 
 __all__ = ["RunAhead", "ShuffledIndices"]
@@ -30,7 +31,7 @@ class ShuffledIndices(Iterator[NDArray[np.int64]]):
       seed: of the order. A restore takes over the seed that was saved.
       process_index, process_count: which part this is; by default, this process's of all.
 
-    Raises InvalidArgumentError for numbers that do not go together.
+    Raises InvalidArgumentError for numbers that do not go together, InvalidArgumentTypeError for what is no integer.
 
     >>> indices = ShuffledIndices(6, 2, seed=0)
     >>> [next(indices).tolist() for _ in range(4)]
@@ -50,18 +51,17 @@ class ShuffledIndices(Iterator[NDArray[np.int64]]):
         process_index: int | None = None,
         process_count: int | None = None,
     ) -> None:
-        self._count = processes.count() if process_count is None else process_count
-        self._index = processes.index() if process_index is None else process_index
+        self._count = processes.count() if process_count is None else require_count(process_count, "process_count")
+        self._index = processes.index() if process_index is None else require_count(process_index, "process_index")
         if not 0 <= self._index < self._count:
             raise InvalidArgumentError(f"there is no process {self._index} of {self._count}")
+        num_examples, batch_size = require_count(num_examples, "num_examples"), require_count(batch_size, "batch_size")
         if not 0 < batch_size <= num_examples:
             raise InvalidArgumentError(f"a batch has between 1 and all {num_examples} examples, got {batch_size}")
         if batch_size % self._count:
             raise InvalidArgumentError(f"batch_size={batch_size} cannot be divided among {self._count} processes")
-        if seed < 0:
-            raise InvalidArgumentError(f"seed is not negative, got {seed}")
         self._num_examples, self._batch_size = num_examples, batch_size
-        self._seed, self._position = seed, 0
+        self._seed, self._position = require_count(seed, "seed"), 0
         self._epoch = -1  # of `_order`
 
     @property
@@ -122,10 +122,10 @@ class RunAhead(Iterator[Any]):
     """
 
     def __init__(self, iterator: Any, num_ahead: int = 2, put: Callable[[Any], Any] = lambda element: element) -> None:
-        if num_ahead < 0:
-            raise InvalidArgumentError(f"num_ahead is not negative, got {num_ahead}")
+        if not callable(put):
+            raise InvalidArgumentTypeError(f"put is a function of an element, such as jax.device_put; got {put!r}")
+        self._num_ahead, self._put = require_count(num_ahead, "num_ahead"), put
         self._iterator = require_stateful("iterator", iterator)
-        self._num_ahead, self._put = num_ahead, put
         self._drawn: collections.deque[tuple[Any, Any]] = collections.deque()  # (element, the state after it)
         self._state = self._state_of_iterator()
         if can_divide_anew(iterator):

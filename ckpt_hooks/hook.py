@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ckpt_hooks import processes
+from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.bound import BoundHook
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS
@@ -20,6 +21,7 @@ from ckpt_hooks.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     InvalidArgumentError,
+    InvalidArgumentTypeError,
     MetricNotFoundError,
     NameCollisionError,
     Preempted,
@@ -34,7 +36,7 @@ from ckpt_hooks.primary_clock import PrimaryClock
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.requested import check_names
 from ckpt_hooks.temporary_paths import FileOptions
-from ckpt_hooks.train_state import parts_of
+from ckpt_hooks.train_state import parts_of, require_state
 from ckpt_hooks.triggers import Triggers, check_step
 
 __all__ = ["CheckpointHook"]
@@ -113,7 +115,8 @@ class CheckpointHook:
         self._grace = None if grace_secs is None else GracePeriod(grace_secs)
         self._warns = on_save_error == "warn"
         self._raises_preempted = raise_on_preemption
-        self._processes = (multiprocessing_options or MultiprocessingOptions()).with_timeout(timeout_secs)
+        given = given_or_new(multiprocessing_options, MultiprocessingOptions, "multiprocessing_options")
+        self._processes = given.with_timeout(timeout_secs)
         self.manager = CheckpointManager(
             directory,
             keep=keep,
@@ -302,6 +305,7 @@ class CheckpointHook:
           StructureMismatchError: the newest checkpoint does not fit `state`.
           NoValidCheckpointError: there are checkpoints and none verifies; it never starts afresh then.
         """
+        require_state(state, "restore(state), which without one is hook.manager.restore()")
         changes = Changes.checked(cast, missing, unexpected, rename, has_target=True)
         items = items if items is None or isinstance(items, str) else tuple(items)
         names, _ = changes.selecting(items)
@@ -324,6 +328,11 @@ class CheckpointHook:
         of a jitted `init_fn` are kept, and arguments that are not arrays reach it untouched. Options and objects are
         those of `restore`.
         """
+        if not callable(init_fn):
+            raise InvalidArgumentTypeError(
+                f"restore_or_init() takes a function that makes the first state, and its arguments; got a "
+                f"{type(init_fn).__qualname__}. A state that there is already goes to restore(state)."
+            )
         is_empty = self.manager.is_empty()
         return self.restore(init_fn(*args) if is_empty else _abstract_result(init_fn, args), **options)
 

@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from ckpt_hooks import train_state
 from ckpt_hooks.agreement import Together
+from ckpt_hooks.arguments import require_path
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError
 from ckpt_hooks.flax_runs import is_flax_checkpoint
+from ckpt_hooks.listing import is_run
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.processes import MultiprocessingOptions
-from ckpt_hooks.requested import RestoreRequest, is_run
+from ckpt_hooks.requested import RestoreRequest
 
 __all__ = ["InitFrom"]
 
@@ -52,6 +54,7 @@ class InitFrom:
         # So that a mistake is told at the start of the program.
         if not isinstance(self.directory, str | os.PathLike):
             raise InvalidArgumentTypeError(f"init_from= is a run, a checkpoint or an InitFrom; got {self.directory!r}")
+        require_path(self.directory, "init_from=")
         self._changes().selecting(self.items)
 
     def _changes(self) -> Changes:
@@ -62,7 +65,7 @@ class InitFrom:
 
         Raises CheckpointNotFoundError where there is nothing, and what `CheckpointManager.restore` raises.
         """
-        path = os.path.abspath(os.path.expanduser(self.directory))
+        path = os.path.abspath(require_path(self.directory, "init_from="))
         is_one = is_flax_checkpoint(path) and not is_run(path)
         read = self._from_checkpoint if is_one else self._from_run
         parts = read(path, state, processes or MultiprocessingOptions())

@@ -19,8 +19,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ckpt_hooks.flax_runs import PREFIX
+from ckpt_hooks.metadata import METADATA_FILE
+from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.storage.lookup import is_there
+from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
+from ckpt_hooks.tree import STRUCTURE_FILE
 
-__all__ = ["Listing", "Names"]
+__all__ = ["Listing", "Names", "is_one_checkpoint", "is_run"]
 
 # Types of file systems (statfs(2)) that only this kernel changes, with its own clock.
 _LOCAL = frozenset(
@@ -76,6 +81,19 @@ class Listing:
         except (FileNotFoundError, NotADirectoryError):
             return Names()
         return names
+
+
+def is_run(path: str) -> bool:
+    """Whether a directory holds steps, and not the items of one checkpoint, which may have numbers for names."""
+    names = Listing(path).names()
+    if not names.steps and not names.flax_steps:
+        return False
+    return not is_one_checkpoint(path) and not is_there(os.path.join(path, STRUCTURE_FILE))
+
+
+def is_one_checkpoint(path: str) -> bool:
+    """Whether a directory has files that only a checkpoint, or an item of one, has at its top."""
+    return any(is_there(os.path.join(path, own)) for own in (COMMIT_MARKER, METADATA_FILE, TREE_METADATA_FILE))
 
 
 def _listed(directory: bytes) -> Names:

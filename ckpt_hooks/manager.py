@@ -13,6 +13,7 @@ from etils import epath
 
 from ckpt_hooks import events, processes, retention, train_state
 from ckpt_hooks.agreement import OperationBarriers, Together
+from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
 from ckpt_hooks.choosing import is_empty, read_chosen
@@ -92,9 +93,11 @@ class CheckpointManager:
     ) -> None:
         self._run = RunDirectory(directory)
         self._retention = retention.Retention(keep)
-        self._processes = (multiprocessing_options or MultiprocessingOptions()).with_timeout(timeout_secs)
+        given = given_or_new(multiprocessing_options, MultiprocessingOptions, "multiprocessing_options")
+        self._processes = given.with_timeout(timeout_secs)
+        files = given_or_new(file_options, FileOptions, "file_options")
         self._decides = self._processes.is_primary()  # what clocks, listings and files say, for all processes
-        options: Any = {"multiprocessing_options": self._processes, "file_options": file_options or FileOptions()}
+        options: Any = {"multiprocessing_options": self._processes, "file_options": files}
         array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)
         handler = CompositeCheckpointHandler(handler_registry=item_handlers(array_options))
         self.checkpointer: Checkpointer = (
@@ -160,7 +163,7 @@ class CheckpointManager:
             if self._decides and not run.is_locked:
                 run.lock()
             if not force and ((run.known and step <= run.known[-1]) or step <= run.flax_newest):
-                self._require_newer(step)
+                run.require_newer(step)
             if self._decides and self._retention.ranks:
                 retention.check_recorded(self._retention.policies, self._known_metrics(), numbers)
             if self._decides and (run.rejected or is_named(path)):
@@ -177,19 +180,12 @@ class CheckpointManager:
             on_commit=functools.partial(self._after_commit, step, numbers),
         )
 
-    def _require_newer(self, step: int) -> None:
-        newest = self._run.latest_step()  # as it is on the disk, where somebody may have removed some by hand
-        if newest is not None and step <= newest:
-            raise InvalidArgumentError(
-                f"save at step {step}, but {self._run.path} has step {newest} already. Restore first and go on from "
-                "there, choose another directory, or pass force=True to take the run back to this step."
-            )
-
     def _tell_others(self, error: BaseException) -> None:
         """The other processes, which are about to save, that this one will not."""
         OperationBarriers(processes.next_operation_id(self._processes), self._processes).fail(error)
 
     def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
+        train_state.require_state(state, "save(step, state)")
         if NNX in sys.modules:
             taken = GraphObjects(state, items)
             state, items = taken.state, taken.items

@@ -144,6 +144,8 @@ def _unpacked(path: str) -> Any:
         content = file.read()
     try:
         unpacked = msgpack.unpackb(content, ext_hook=_extension, raw=False, strict_map_key=False)
+        if not isinstance(unpacked, dict | list | np.ndarray):  # as most files of one byte are a number in msgpack
+            raise ValueError(f"it is one {type(unpacked).__name__} and no tree")
         return _rebuilt(unpacked)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
         raise CorruptCheckpointError(

@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Self
 
 import jax
 
-from ckpt_hooks.errors import InvalidArgumentError, OtherProcessError
+from ckpt_hooks.arguments import require_count, require_secs
+from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError, OtherProcessError
 
 __all__ = [
     "ALONE",
@@ -57,7 +58,8 @@ class MultiprocessingOptions:
         has none. Choose it longer than processes differ in the time they take for a save, and shorter than a job may
         hang.
 
-    Raises InvalidArgumentError for a primary that does not take part, and for a timeout that is not positive.
+    Raises InvalidArgumentError for a primary that does not take part, and for a timeout that is not positive;
+    InvalidArgumentTypeError for what is no number of a process, of seconds, or no string.
 
     >>> MultiprocessingOptions(barrier_timeout_secs=120).is_primary()
     True
@@ -69,11 +71,20 @@ class MultiprocessingOptions:
     barrier_timeout_secs: float | None = None
 
     def __post_init__(self) -> None:
-        if self.barrier_timeout_secs is not None and not self.barrier_timeout_secs > 0:
-            raise InvalidArgumentError(
-                f"barrier_timeout_secs is a positive number of seconds, or None; got {self.barrier_timeout_secs!r}"
-            )
-        active = self.active_processes
+        if self.barrier_timeout_secs is not None:
+            require_secs(self.barrier_timeout_secs, "barrier_timeout_secs")
+        if self.primary_host is not None:
+            require_count(self.primary_host, "primary_host")
+        prefix: object = self.barrier_sync_key_prefix
+        if not isinstance(prefix, str | None):
+            raise InvalidArgumentTypeError(f"barrier_sync_key_prefix is a string, or None; got {prefix!r}")
+        active: Any = self.active_processes
+        if active is not None and (isinstance(active, str | bytes) or not isinstance(active, Collection)):
+            raise InvalidArgumentTypeError(f"active_processes is a set of process numbers, or None; got {active!r}")
+        if active is not None and not active:
+            raise InvalidArgumentError("active_processes is empty; give those that take part, or None for all")
+        for process in active or ():
+            require_count(process, "each of active_processes")
         if active is not None and self.primary_host is not None and self.primary_host not in active:
             raise InvalidArgumentError(
                 f"primary_host={self.primary_host} is not one of active_processes={sorted(active)}; "
@@ -116,6 +127,7 @@ class MultiprocessingOptions:
 
     def with_timeout(self, timeout_secs: float) -> Self:
         """The same, with this timeout where none was asked for."""
+        require_secs(timeout_secs, "timeout_secs")
         return self if self.barrier_timeout_secs else dataclasses.replace(self, barrier_timeout_secs=timeout_secs)
 
     def group(self) -> str:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from ckpt_hooks.arguments import require_path
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, IncompleteCheckpointError, InvalidArgumentError
 from ckpt_hooks.graph_objects import GraphObjects
 from ckpt_hooks.handlers.iterator import require_stateful, set_saved_state
-from ckpt_hooks.listing import Listing
-from ckpt_hooks.metadata import METADATA_FILE
+from ckpt_hooks.listing import is_run
 from ckpt_hooks.restoring import restore_checkpoint
-from ckpt_hooks.storage.commit import COMMIT_MARKER
-from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
+from ckpt_hooks.storage.lookup import is_directory, is_file
 from ckpt_hooks.temporary_paths import absolute_path, is_committed
-from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
-from ckpt_hooks.tree import STRUCTURE_FILE
 
-__all__ = ["RestoreRequest", "check_names", "is_run", "restore"]
+__all__ = ["RestoreRequest", "check_names", "restore"]
 
 
 # What the calls that save and restore call their own arguments: an object of that name would be taken for one.
@@ -48,6 +45,9 @@ class RestoreRequest:
 
     def __init__(self, like: Any, *, items: Iterable[str] | None, changes: Changes, objects: Mapping[str, Any]) -> None:
         check_names(objects)
+        if isinstance(items, Iterator):
+            items = tuple(items)  # or nothing would be left of it for the next older checkpoint
+        changes.selecting(items)  # raises for what are no paths
         self._taken = GraphObjects(like, objects)
         self._taken.check()
         for name, value in self._taken.others.items():
@@ -108,18 +108,8 @@ def restore(
     return request.deliver(*request.read(_require_checkpoint(path)))
 
 
-def is_run(path: str) -> bool:
-    """Whether a directory holds steps, and not the items of one checkpoint, which may have numbers for names."""
-    names = Listing(path).names()
-    if not names.steps and not names.flax_steps:
-        return False
-    return not any(
-        is_there(f"{path}/{own}") for own in (COMMIT_MARKER, METADATA_FILE, TREE_METADATA_FILE, STRUCTURE_FILE)
-    )
-
-
 def _require_checkpoint(path: Any) -> str:
-    absolute: str = os.fspath(absolute_path(os.path.expanduser(path)))
+    absolute: str = os.fspath(absolute_path(require_path(path, "the path of a checkpoint")))
     if is_file(absolute):  # of msgpack
         return absolute
     if is_run(absolute):

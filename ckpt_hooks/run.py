@@ -13,9 +13,11 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ckpt_hooks.arguments import require_path
 from ckpt_hooks.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -28,7 +30,7 @@ from ckpt_hooks.errors import (
 from ckpt_hooks.flax_runs import PREFIX, flax_path, is_flax_checkpoint
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
-from ckpt_hooks.listing import Listing, Names
+from ckpt_hooks.listing import Listing, Names, is_one_checkpoint, is_run
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.storage import commit
@@ -55,11 +57,13 @@ class RunDirectory:
     """Reading needs no lock and makes nothing; `lock` comes before the first change."""
 
     def __init__(self, directory: Any) -> None:
-        self.path = os.fspath(absolute_path(os.path.expanduser(directory)))
+        self.path = os.fspath(absolute_path(require_path(directory, "the directory of a run")))
         if is_named(self.path) and not is_directory(self.path):
             raise UnwritableDirectoryError(
                 f"{self.path} is a file; a run is a directory of checkpoints. Choose another path."
             )
+        if is_one_checkpoint(self.path):
+            raise InvalidArgumentError(_not_a_run(self.path))
         self.rejected: dict[int, str] = {}  # steps that did not verify, with the reason
         self._rejected_inodes: dict[int, tuple[int, ...]] = {}
         # While the run is locked nobody else adds steps, so a save need not list the directory. Only so many are
@@ -148,6 +152,15 @@ class RunDirectory:
                 raise CheckpointNotFoundError(f"{self.path} has no checkpoint of step {step}")
             raise IncompleteCheckpointError(f"step {step} of {self.path} was never committed; there are {self.steps()}")
         return path
+
+    def require_newer(self, step: int) -> None:
+        """Raises InvalidArgumentError where there is a checkpoint at a step or above it."""
+        newest = self.latest_step()  # as it is on the disk, where somebody may have removed some by hand
+        if newest is not None and step <= newest:
+            raise InvalidArgumentError(
+                f"save at step {step}, but {self.path} has step {newest} already. Restore first and go on from "
+                "there, choose another directory, or pass force=True to take the run back to this step."
+            )
 
     def metadata(self, step: int) -> StepMetadata:
         """The verified metadata of a step."""
@@ -343,6 +356,16 @@ class RunDirectory:
             replace_file(os.path.join(path, name), data)
         if checksums is not None:
             replace_file(os.path.join(path, FILE), checksums.replacing(changed).encode())
+
+
+def _not_a_run(path: str) -> str:
+    above = list(itertools.islice(map(str, pathlib.Path(path).parents), 2))  # of a checkpoint, of an item in one
+    run = next(filter(is_run, above), None)
+    where = f"The run is {run}" if run else "Give the directory of a run, which holds checkpoints by their steps"
+    return (
+        f"{path} is one checkpoint, or a part of one, and no run. {where}; one checkpoint is read with "
+        "ckpt_hooks.restore(path)."
+    )
 
 
 def _inode(path: str) -> tuple[int, ...]:

@@ -68,6 +68,11 @@ class FileOptions:
 
     path_permission_mode: int | None = None
 
+    def __post_init__(self) -> None:
+        mode: Any = self.path_permission_mode
+        if mode is not None and (type(mode) is not int or not 0 <= mode <= 0o7777):
+            raise InvalidArgumentError(f"path_permission_mode is a mode such as 0o750, or None; got {mode!r}")
+
 
 class TemporaryPath(abc.ABC):
     """Where one checkpoint is written: `create` it, fill `get()`, `finalize` it into `get_final()`.

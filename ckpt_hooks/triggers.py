@@ -36,6 +36,8 @@ class Triggers:
     @classmethod
     def checked(cls, every_n_steps: int | None, every_secs: float | None, on_steps: Iterable[int]) -> Triggers:
         """Raises ValueError or TypeError for what cannot be meant; every 1000 steps where nothing is given."""
+        if not isinstance(on_steps, Iterable):
+            raise InvalidArgumentTypeError(f"on_steps are steps, as in ({on_steps!r},); got {on_steps!r}")
         steps = tuple(sorted({check_step(step, "on_steps") for step in on_steps}))
         if every_n_steps is not None and check_step(every_n_steps, "every_n_steps") == 0:
             raise InvalidArgumentError("every_n_steps=0 would save never or always; give a positive number, or None")
