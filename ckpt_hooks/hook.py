@@ -36,7 +36,7 @@ from ckpt_hooks.primary_clock import PrimaryClock
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.requested import check_names
 from ckpt_hooks.temporary_paths import FileOptions
-from ckpt_hooks.train_state import parts_of, require_state
+from ckpt_hooks.train_state import no_state, parts_of
 from ckpt_hooks.triggers import Triggers, check_step
 
 __all__ = ["CheckpointHook"]
@@ -305,7 +305,8 @@ class CheckpointHook:
           StructureMismatchError: the newest checkpoint does not fit `state`.
           NoValidCheckpointError: there are checkpoints and none verifies; it never starts afresh then.
         """
-        require_state(state, "restore(state), which without one is hook.manager.restore()")
+        if state is None:
+            raise no_state("restore(state), which without one is hook.manager.restore()")
         changes = Changes.checked(cast, missing, unexpected, rename, has_target=True)
         items = items if items is None or isinstance(items, str) else tuple(items)
         names, _ = changes.selecting(items)

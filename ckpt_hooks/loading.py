@@ -90,10 +90,14 @@ class SavedTree:
 
     def _decided(self, targets: Mapping[str, Any], saved_names: Mapping[str, str]) -> dict[str, Any]:
         """The targets, with the shardings that were saved where there are none."""
-        encoded = _read_json(os.path.join(self._directory, SHARDING_FILE), b"NamedSharding") or {}
+        encoded = self._saved_shardings()
         by_saved_name = {saved_names.get(name, name): leaf for name, leaf in targets.items()}
         decided = with_saved_shardings(self._directory, by_saved_name, encoded)
         return {name: decided[saved_names.get(name, name)] for name in targets}
+
+    def _saved_shardings(self) -> Mapping[str, str]:
+        """{base64 of a saved name: its sharding}, as they stand in the file."""
+        return _read_json(os.path.join(self._directory, SHARDING_FILE), b"NamedSharding") or {}
 
     def _kept_functions(self, targets: Mapping[str, Any], changes: Changes) -> frozenset[str]:
         """The functions of a target that stay as they are, nothing having been saved in their places."""

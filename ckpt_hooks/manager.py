@@ -185,7 +185,8 @@ class CheckpointManager:
         OperationBarriers(processes.next_operation_id(self._processes), self._processes).fail(error)
 
     def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
-        train_state.require_state(state, "save(step, state)")
+        if state is None:
+            raise train_state.no_state("save(step, state)")
         if NNX in sys.modules:
             taken = GraphObjects(state, items)
             state, items = taken.state, taken.items

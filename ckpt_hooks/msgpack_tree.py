@@ -2,6 +2,7 @@
 
     checkpoint_100                          Flax: the tree with its arrays; those of several processes in <name>_gda/
     default/checkpoint, default/params.w/   Orbax: the tree, and most of its arrays beside it
+    the same and default/_METADATA          Orbax, a little later: what is a leaf of which kind stands there
 
 The file is one msgpack map, which is read whole and has no checksums. Its extensions are::
 
@@ -13,7 +14,7 @@ msgpack is not imported before the first such file is read, and Flax never.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ckpt_hooks import tree
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedLeafError
 from ckpt_hooks.loading import SavedTree
 from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
-from ckpt_hooks.storage.reader import ArrayInfo
+from ckpt_hooks.storage.reader import ArrayInfo, Database
 from ckpt_hooks.storage.regions import Region, slices_of
 from ckpt_hooks.temporary_paths import has_early_tree
 
@@ -38,7 +39,9 @@ _OLD_NAMED_TUPLE = {"name", "fields", "values"}
 def open_tree(path: str, *, verify: bool = True) -> SavedTree:
     """The tree at a path, in whichever form. Raises CheckpointNotFoundError where there is none."""
     try:
-        return SavedTree(path, verify=verify)
+        # What somebody has put into an item of ours is no part of it.
+        is_described = has_early_tree(path) and not Database.is_ours(path)
+        return _DescribedTree(path) if is_described else SavedTree(path, verify=verify)
     except CheckpointNotFoundError:
         if not MsgpackTree.is_at(path):
             raise
@@ -57,13 +60,13 @@ class MsgpackTree(SavedTree):
         is_orbax = is_directory(path)
         beside, prefix = (path, _BESIDE_ORBAX) if is_orbax else (f"{path}_gda", _BESIDE_FLAX)
         named = tree.flatten(_unpacked(os.path.join(path, tree.STRUCTURE_FILE) if is_orbax else path))
-        values = {leaf.name: leaf.value for leaf in named if not leaf.is_empty}
+        values = _values(named)
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         elsewhere = {name: text[len(prefix) :] for name, text in texts.items() if text.startswith(prefix)}
         self._strings = {name: text for name, text in texts.items() if name not in elsewhere}
         arrays = {name: _array(path, name, value) for name, value in values.items() if name not in texts}
         self._records = [_record(leaf, is_array=leaf.name in elsewhere) for leaf in named]
-        self._arrays = _Arrays(arrays, beside, elsewhere)
+        self._arrays = _Arrays(arrays, elsewhere, lambda inner: _arrays_beside(beside, inner))
         self.leaves = dict(self._describe([record for record in self._records if not record.is_empty], {}))
 
     @classmethod
@@ -72,17 +75,57 @@ class MsgpackTree(SavedTree):
         return is_file(path) or has_early_tree(path)
 
 
-class _Arrays:
-    """Those of the file, in memory, and those in a directory beside it."""
+class _DescribedTree(SavedTree):
+    """Orbax's tree that has its metadata and the msgpack file too, which holds the values that were small.
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], beside: str, elsewhere: Mapping[str, str]) -> None:
+    What the file has no value of, but only the place of, is an array beside it.
+    """
+
+    def _read_strings(self) -> dict[str, str]:
+        # Read first: what it holds decides which arrays are opened.
+        named = _values(tree.flatten(_unpacked(os.path.join(self._directory, tree.STRUCTURE_FILE))))
+        leaves = {record.name for record in self._records if not record.is_empty}
+        inside = {
+            name: value
+            for name, value in named.items()
+            if name in leaves and not (isinstance(value, str) and value.startswith(_BESIDE_ORBAX))
+        }
+        texts = {name: value for name, value in inside.items() if isinstance(value, str)}
+        self._inside = {
+            name: _array(self._directory, name, value) for name, value in inside.items() if name not in texts
+        }
+        return texts
+
+    def _open(self, metadata: dict[str, Any], names: Sequence[str], verify: bool) -> Any:
+        elsewhere = {name: name for name in names if name not in self._inside}
+        opened = super()._open
+        return _Arrays(self._inside, elsewhere, lambda inner: opened(metadata, list(inner), verify))
+
+
+def _values(named: Iterable[tree.Leaf]) -> dict[str, Any]:
+    return {leaf.name: leaf.value for leaf in named if not leaf.is_empty}
+
+
+def _arrays_beside(directory: str, names: Iterable[str]) -> Any:
+    from ckpt_hooks.storage.foreign import ForeignArrays
+
+    use_ocdbt = is_there(os.path.join(directory, tree.MANIFEST_FILE))
+    return ForeignArrays(directory, names, use_ocdbt=use_ocdbt, use_zarr3=False)
+
+
+class _Arrays:
+    """Those of the file, in memory, and those beside it, which are opened where there are any."""
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        elsewhere: Mapping[str, str],
+        open_others: Callable[[Iterable[str]], Any],
+    ) -> None:
         self._arrays, self._elsewhere = arrays, elsewhere
         self._infos = {name: ArrayInfo(array.shape, array.dtype, array.shape) for name, array in arrays.items()}
         if elsewhere:
-            from ckpt_hooks.storage.foreign import ForeignArrays
-
-            use_ocdbt = is_there(os.path.join(beside, tree.MANIFEST_FILE))
-            self._spread = ForeignArrays(beside, elsewhere.values(), use_ocdbt=use_ocdbt, use_zarr3=False)
+            self._spread = open_others(elsewhere.values())
             self._infos |= {name: self._spread.info(inner) for name, inner in elsewhere.items()}
 
     def info(self, name: str) -> ArrayInfo:

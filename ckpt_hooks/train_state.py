@@ -16,7 +16,7 @@ import jax
 from ckpt_hooks.equinox_modules import is_module
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError, ItemNotFoundError
 
-__all__ = ["WHOLE", "PureState", "join", "parts_of", "require_state", "split"]
+__all__ = ["WHOLE", "PureState", "join", "no_state", "parts_of", "split"]
 
 WHOLE = "state"  # the item of a state that has no named parts
 
@@ -42,12 +42,11 @@ def _unflatten(data: tuple[int, tuple[Any, ...]], values: Iterable[Any]) -> Pure
 jax.tree_util.register_pytree_with_keys(PureState, _flatten_with_keys, _unflatten)
 
 
-def require_state(state: Any, call: str) -> None:
-    """Raises InvalidArgumentTypeError for None, which is no state; what a state holds may be None."""
-    if state is None:
-        raise InvalidArgumentTypeError(
-            f"{call}: the state is None. Does the function that makes it end without `return`? An empty state is {{}}."
-        )
+def no_state(call: str) -> InvalidArgumentTypeError:
+    """The error for None, which is no state; what a state holds may be None."""
+    return InvalidArgumentTypeError(
+        f"{call}: the state is None. Does the function that makes it end without `return`? An empty state is {{}}."
+    )
 
 
 def split(state: Any) -> dict[str, Any]:

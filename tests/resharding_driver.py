@@ -206,6 +206,20 @@ def flax_file(folder: Path) -> None:
     assert abstract["kernel"].devices() == {jax.devices()[0]}
 
 
+def one_array_of_orbax(folder: Path) -> None:
+    """An item that is one array has its saved sharding again where none is asked for, and any that is."""
+    array = jax.device_put(values()["kernel"], sharding("4 x 2", 2))
+    with ocp.CheckpointManager(folder / "one array") as manager:
+        manager.save(1, args=ocp.args.Composite(w=ocp.args.ArraySave(array)))
+        manager.wait_until_finished()
+    for how in ("4 x 2", "2 x 4"):
+        given = None if how == "4 x 2" else sharding(how, 2)
+        like = {"w": jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=given)}
+        restored = ckpt_hooks.restore(folder / "one array" / "1", like)["w"]
+        assert restored.sharding.is_equivalent_to(sharding(how, 2), 2), restored.sharding
+        assert np.asarray(restored).tobytes() == values()["kernel"].tobytes()
+
+
 def devices_that_are_not_here(folder: Path) -> None:
     """Where the saved devices are not here and nothing is asked for, all goes to one, and a log line says so."""
     with ckpt_hooks.CheckpointManager(folder / "elsewhere") as manager:
@@ -238,7 +252,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         found = cases(folder)
-        for more in (cast_and_renamed, flax_file, devices_that_are_not_here):
+        for more in (cast_and_renamed, flax_file, one_array_of_orbax, devices_that_are_not_here):
             found[more.__name__] = functools.partial(more, folder)
         for name, case in found.items():
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,47 @@ def test_a_tree_of_orbax_in_its_first_versions(tmp_path: Path, use_ocdbt: bool) 
     with CheckpointHook(tmp_path / "flax") as hook:
         assert_same(EARLY, hook.restore(target))
         assert hook.start_step == 7
+
+
+LATER_PARAMS = {"w": np.arange(4.0), "b": np.full(2, 7, np.int16)}
+LATER = {**EARLY, "params": LATER_PARAMS, "step": 5}
+
+
+def save_as_a_little_later(path: Path, *, use_ocdbt: bool) -> None:
+    """A tree as those of the middle of 2023 left it: with metadata, and small values in the file all the same."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as theirs:
+        theirs.save(path, args=ocp.args.PyTreeSave(EARLY))
+    params = {"w": "PLACEHOLDER://params.w", "b": np.full(2, 7, np.int16)}
+    structure = {"params": params, "opt": [{"m": "PLACEHOLDER://opt.0.m"}, {}], "step": 5}
+    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(structure))
+    for name in () if use_ocdbt else ("params.b", "step"):
+        shutil.rmtree(path / name)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as theirs:  # that this is what it reads
+        restored = theirs.restore(path, args=ocp.args.PyTreeRestore(EARLY))
+    jax.tree.map(np.testing.assert_array_equal, restored, LATER)
+
+
+@pytest.mark.parametrize("use_ocdbt", [False, True])
+def test_a_tree_of_orbax_with_metadata_and_values_in_the_file(tmp_path: Path, use_ocdbt: bool) -> None:
+    """What stands in the msgpack file goes before what stands beside it, as it does for Orbax."""
+    target = jax.tree.map(np.zeros_like, EARLY) | {"step": 0}
+    for place in ("alone", "run/7/default"):
+        save_as_a_little_later(tmp_path / place, use_ocdbt=use_ocdbt)
+    assert_same(LATER, ckpt_hooks.restore(tmp_path / "alone", target))
+    assert_same(LATER, ckpt_hooks.restore(tmp_path / "alone"))
+    assert_same(LATER, CheckpointManager(tmp_path / "run").restore(target))
+    part = ckpt_hooks.restore(tmp_path / "alone", items=["params/b"])
+    assert_same({"params": {"b": LATER_PARAMS["b"]}}, part)
+
+
+def test_a_file_put_into_an_item_of_ours_changes_nothing(tmp_path: Path) -> None:
+    """What was saved is what its checksums are of, whatever lies beside it."""
+    with CheckpointManager(tmp_path) as ours:
+        ours.save(7, {"params": EARLY["params"]})
+        ours.wait()
+        content = serialization.msgpack_serialize({"w": np.zeros(4), "b": np.zeros(2, np.int16)})
+        (tmp_path / "7" / "params" / "checkpoint").write_bytes(content)
+        assert_same({"params": EARLY["params"]}, ours.restore())
 
 
 def test_a_file_of_the_same_name_is_no_checkpoint(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -74,6 +75,10 @@ class _OneArray(SavedTree):
         self._records = [tree.LeafRecord("", [], record.value_type)]
         self._arrays = _Renamed(self._arrays)
         self.leaves = {"": leaf._replace(key_impl=key_impl or leaf.key_impl)}
+
+    def _saved_shardings(self) -> Mapping[str, str]:
+        texts = list(super()._saved_shardings().values())
+        return {"": texts[0]} if texts else {}  # of the one leaf, whose name is ""
 
 
 class _Renamed:
