@@ -28,10 +28,28 @@ _VALUE = "value"  # of an object that is a variable itself
 
 
 def eval_shape(function: Callable[..., Any], *args: Any) -> Any:
-    """`jax.eval_shape`, also of a function that returns graph objects: what they share stays shared."""
-    if NNX not in sys.modules:
-        return jax.eval_shape(function, *args)
-    return sys.modules[NNX].eval_shape(function, *args)
+    """`jax.eval_shape`, also of a function whose result JAX cannot trace as it is.
+
+    What is no JAX array stays what it is: numbers, strings, functions, and NumPy arrays, which tracing would make
+    anyway. What graph objects share stays shared.
+    """
+    untraced: list[Any] = []
+    structure: Any = None
+
+    def traceable(*args: Any) -> list[Any]:
+        nonlocal structure
+        is_leaf = _ends_here if NNX in sys.modules else None
+        leaves, structure = jax.tree_util.tree_flatten(function(*args), is_leaf=is_leaf)
+        untraced[:] = (None if _is_traceable(leaf) else leaf for leaf in leaves)
+        return [leaf for leaf in leaves if _is_traceable(leaf)]
+
+    trace = sys.modules[NNX].eval_shape if NNX in sys.modules else jax.eval_shape
+    traced = iter(trace(traceable, *args))
+    return jax.tree_util.tree_unflatten(structure, [next(traced) if leaf is None else leaf for leaf in untraced])
+
+
+def _is_traceable(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or (NNX in sys.modules and _ends_here(leaf))
 
 
 def is_graph_object(value: Any) -> bool:

@@ -98,6 +98,10 @@ def describe_leaf(name: str, leaf: Any, writers: Writers = ALONE) -> LeafPlan:
     """Raises UnsupportedLeafError, naming the leaf, for what no checkpoint can hold, or not one of these writers."""
     if isinstance(leaf, jax.Array):
         return _describe_jax_array(name, leaf, writers)
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise UnsupportedLeafError(
+            f"{name or 'the state'}: a masked array would lose its mask; save `.data` and `.mask` as two arrays."
+        )
     if isinstance(leaf, np.ndarray | np.generic):
         return LeafPlan("np.ndarray", ArraySpec.whole(name, leaf.shape, _storable(name, leaf.dtype)))
     if isinstance(leaf, str):

@@ -137,8 +137,14 @@ def key_text(key: Any) -> str:
     return _key(key)[0]
 
 
-@functools.lru_cache(maxsize=4096)
 def _key(key: Any) -> tuple[str, int]:
+    if type(key) is jax.tree_util.DictKey and type(key.key) is not str:
+        return str(key.key), _DICT_KEY  # not from the cache, to which 1, 1.0 and True are one key
+    return _cached_key(key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_key(key: Any) -> tuple[str, int]:
     match key:
         case jax.tree_util.SequenceKey(idx=index):
             return str(index), _SEQUENCE_KEY

@@ -180,3 +180,50 @@ def test_memory_holds_one_state_and_not_two(tmp_path: Path) -> None:
     assert live_built == pytest.approx(1, abs=0.01)
     assert peak < 1.4
     assert peak_built > peak + 0.5
+
+
+# ------------------------------------------------------------------ what is no JAX array
+
+
+@pytest.mark.parametrize("with_nnx", [False, True])
+def test_a_state_that_jax_cannot_trace_resumes_as_it_began(tmp_path: Path, with_nnx: bool) -> None:
+    """restore_or_init gives the same types at the second start as at the first: also of text, numbers and float64."""
+
+    def init(seed: int) -> dict[str, Any]:
+        state = {"w": jnp.full(2, seed, jnp.float32), "name": "digits", "rate": 0.5, "count": seed, "table": np.ones(2)}
+        return {**state, "model": nnx.Linear(1, 2, rngs=nnx.Rngs(seed))} if with_nnx else state
+
+    with pytest.raises(TypeError, match="str"):
+        jax.eval_shape(lambda: init(1))
+    for seed, start_step in ((1, 0), (2, 1)):
+        with CheckpointHook(tmp_path, every_n_steps=1) as hook:
+            state = hook.restore_or_init(init, seed)
+            assert hook.start_step == start_step
+            model = state.pop("model", None)
+            assert_same({key: value for key, value in init(1).items() if key != "model"}, state)
+            hook(hook.start_step + 1, state | ({"model": model} if with_nnx else {}))
+
+
+def test_an_equinox_module_with_functions_needs_no_wrapper(tmp_path: Path) -> None:
+    """Its activation is a function, which `jax.eval_shape` refuses and restore_or_init leaves where it is."""
+    eqx = pytest.importorskip("equinox")
+
+    def init(seed: int) -> Any:
+        return {"model": eqx.nn.MLP(1, 1, 2, 1, key=jax.random.key(seed))}
+
+    with pytest.raises(TypeError, match="activation"):
+        jax.eval_shape(lambda: init(0))
+    with CheckpointHook(tmp_path, every_n_steps=1) as hook:
+        hook(1, init(0))
+        hook.wait()
+        restored = hook.restore_or_init(init, 1)
+    assert eqx.tree_equal(restored, init(0))
+
+
+def test_a_key_keeps_its_name_whatever_was_saved_before(tmp_path: Path) -> None:
+    """To Python 1, 1.0 and True are one key, and to a checkpoint three, in any order and process."""
+    for step, key in enumerate([1, True, 1.0], 1):
+        with CheckpointManager(tmp_path) as manager:
+            manager.save(step, {"params": {key: np.ones(step)}})
+            manager.wait()
+            assert list(manager.restore()["params"]) == [str(key)]

@@ -53,6 +53,7 @@ _BAD_LEAVES: Mapping[str, Callable[[], Any]] = types.MappingProxyType(
         "object array": lambda: np.array([object(), None]),
         "structured array": lambda: np.zeros(2, [("x", "f4"), ("y", "i4")]),
         "datetime array": lambda: np.array(["2020-01-01"], "datetime64[D]"),
+        "masked array": lambda: np.ma.array([1, 2], mask=[False, True]),
         "array of strings": lambda: np.array(["text"]),
         "long double": lambda: np.zeros(2, np.longdouble),
         "bytes": lambda: b"bytes",
