@@ -176,7 +176,12 @@ class Changes:
         renamed = []
         for name in names:
             path = self.path(name)
-            new: object = rename(path)
+            try:
+                new: object = rename(path)
+            except Exception as error:  # the caller's own, which must not be taken for damage of the checkpoint
+                raise InvalidArgumentError(
+                    f"rename=: the function fails for {path!r}: {type(error).__name__}: {error}"
+                ) from error
             begin = f"{self.item}/" if self.item else ""
             if not isinstance(new, str) or (new != path and not new.startswith(begin)):
                 raise InvalidArgumentError(f"rename=: {path!r} became {new!r}; a leaf stays in its item {self.item!r}")

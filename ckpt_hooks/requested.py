@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+import jax
+
+from ckpt_hooks import tree
 from ckpt_hooks.arguments import require_path
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, IncompleteCheckpointError, InvalidArgumentError
@@ -50,6 +53,7 @@ class RestoreRequest:
         changes.selecting(items)  # raises for what are no paths
         self._taken = GraphObjects(like, objects)
         self._taken.check()
+        _check_shardings(self._taken.state)
         for name, value in self._taken.others.items():
             require_stateful(name, value)
         self._items, self._changes = items, changes
@@ -64,6 +68,24 @@ class RestoreRequest:
         for name, value in self._taken.others.items():
             set_saved_state(value, states[name])
         return self._taken.update(restored, states)
+
+
+def _check_shardings(like: Any) -> None:
+    """Raises InvalidArgumentError for a sharding that its leaf cannot have: no fault of the checkpoint."""
+    try:
+        leaves = jax.tree_util.tree_leaves(like)
+    except (TypeError, ValueError):  # what JAX cannot flatten has its own error
+        return
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            continue
+        try:
+            if leaf.sharding is not None:
+                leaf.sharding.shard_shape(leaf.shape)
+        except (TypeError, ValueError) as error:
+            path, _ = jax.tree_util.tree_leaves_with_path(like)[number]
+            name = "/".join(map(tree.key_text, path)) or "the state"
+            raise InvalidArgumentError(f"`like`: {name} cannot be sharded so: {error}") from error
 
 
 def restore(

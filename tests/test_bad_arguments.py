@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import msgpack
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ckpt_hooks
 from ckpt_hooks import (
@@ -257,3 +259,37 @@ def test_trees_and_arrays_of_flax_are_checkpoints(tmp_path: Path, state: Any) ->
     path.write_bytes(serialization.to_bytes(state))
     like = {"w": np.zeros(2)} if isinstance(state, dict) else state
     assert_same(state, ckpt_hooks.restore(path, like))
+
+
+# ------------------------------------------------------------------ mistakes of the caller are no damage
+
+
+def _fails(path: str) -> str:
+    raise RuntimeError(f"no name for {path}")
+
+
+def _sharded(*spec: str | None, num_devices: int = 1) -> jax.ShapeDtypeStruct:
+    mesh = jax.sharding.AbstractMesh((num_devices,), ("x",))
+    return jax.ShapeDtypeStruct((3,), np.float64, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"like": STATE, "rename": _fails}, "rename=: the function fails for 'params/w': RuntimeError: no name"),
+        ({"like": {"params": {"w": _sharded("x", num_devices=2)}}}, "`like`: params/w cannot be sharded so"),
+        (
+            {"like": {"params": {"w": jax.ShapeDtypeStruct((3,), np.float64, sharding=PartitionSpec("x"))}}},
+            "`like`: params/w cannot be sharded so: .*mesh",
+        ),
+    ],
+)
+def test_a_mistake_of_the_caller_rejects_no_checkpoint(
+    run: Path, options: dict[str, Any], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told as one, by the leaf; the checkpoints are as good as before, and say so."""
+    manager = CheckpointManager(run)
+    with pytest.raises(InvalidArgumentError, match=text):
+        manager.restore(**options)
+    assert not caplog.records
+    assert manager.steps() == [10, 20]
