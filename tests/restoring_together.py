@@ -87,9 +87,12 @@ def write(folder: Path) -> None:
     with ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(folder / "ours", saved)
         checkpointer.save(folder / "big", {"big": spread(big(), sharding("big"))})
+    compressed = ckpt_hooks.StandardCheckpointHandler(ckpt_hooks.ArrayOptions(compression="zstd"))
+    with ckpt_hooks.Checkpointer(compressed) as checkpointer:
+        checkpointer.save(folder / "ours, zstd", saved)
 
 
-LAYOUTS = ("ocdbt", "zarr3", "files", "standard", "ours")
+LAYOUTS = ("ocdbt", "zarr3", "files", "standard", "ours", "ours, zstd")
 
 
 # ------------------------------------------------------------------ reading in other meshes

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from ckpt_hooks import CheckpointManager, MultiprocessingOptions
+from ckpt_hooks.testing import damage
 from tests import together
 from tests.process_groups import Nursery
 
@@ -164,6 +166,30 @@ def test_what_is_the_same_in_all_processes_is_written_once(nursery: Nursery, tmp
         for rank in (1, 2, 3)
         for name in (f"_ARRAY_CHECKSUMS.{rank}", f"d/{rank:032x}")
     )
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_process_compresses_its_own_and_one_index_has_all(nursery: Nursery, tmp_path: Path, count: int) -> None:
+    """In the background too, and after a save that failed; Orbax restores it, and damage in any data file is found."""
+    for number, process in enumerate(nursery.run_group(together.compressed, tmp_path, count)):
+        assert process.code == 0, process.log
+        failed, not_alike = process.report.pop("failed"), process.report.pop("not alike")
+        assert "this disk failed" in failed and (number == count - 1 or f"process {count - 1} failed" in failed), failed
+        assert not_alike.startswith("ProcessesDisagreeError") and "has params: compression" in not_alike, not_alike
+        assert process.report == {"steps": [2, 3], "problems": [], "restored": True}
+    item = tmp_path / "run" / "3" / "params"
+    files = sorted((item / "d").iterdir())
+    assert [int(file.name, 16) for file in files] == list(range(count))
+    assert sum(file.stat().st_size for file in files) < 64 * 48 * 4 * 0.75
+    kernel = np.arange(64 * 48, dtype=np.float32).reshape(64, 48) + 3
+    target = {"kernel": np.zeros_like(kernel), "scale": np.zeros(8, np.float32)}
+    theirs = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(item, args=ocp.args.StandardRestore(target))
+    np.testing.assert_array_equal(theirs["kernel"], kernel)
+    manager = CheckpointManager(tmp_path / "run")
+    np.testing.assert_array_equal(manager.restore()["params"]["kernel"], kernel)
+    for file in files:
+        with damage.flip_bit(file, 100):
+            assert any(file.name in problem for problem in manager.verify(3))
 
 
 # ------------------------------------------------------------------ SIGKILL

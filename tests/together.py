@@ -213,6 +213,38 @@ def synced_and_written(folder: Path) -> dict[str, list[str]]:
     return {"synced": sorted(below), "present": sorted(present)}
 
 
+def compressed(folder: Path) -> Any:
+    """Saves in the background, of several items, most of it written before the call returns; one that cannot be."""
+    found: dict[str, Any] = {}
+    last = jax.process_index() == jax.process_count() - 1
+    with ckpt_hooks.CheckpointManager(
+        folder / "run", keep=2, timeout_secs=60, compression="zstd", max_host_bytes=1 << 12
+    ) as manager:
+
+        def save_9() -> None:
+            manager.save(9, state_at(9))
+            manager.wait()
+
+        for step in (1, 2, 3):
+            manager.save(step, state_at(step))
+            if step == 2:
+                manager.wait()
+                os.pwrite, pwrite = (_failing if last else os.pwrite), os.pwrite
+                found["failed"], _ = error_of(save_9)
+                os.pwrite = pwrite
+        manager.wait()
+        wait_for_all("saved")  # and process 0 has removed what goes
+        found["steps"], found["problems"] = manager.steps(), manager.verify(3)
+        found["restored"] = is_at(manager.restore(state_at(0)), 3)
+    with ckpt_hooks.CheckpointManager(folder / "run", timeout_secs=60, compression=None if last else "zstd") as manager:
+        found["not alike"], _ = error_of(lambda: manager.save(4, state_at(4)))
+    return found
+
+
+def _failing(descriptor: int, content: Any, position: int) -> int:
+    raise OSError(5, "this disk failed")
+
+
 # ------------------------------------------------------------------ SIGKILL
 
 PHASES = ["before staging", "while writing", "before the commit barrier", "after the commit"]

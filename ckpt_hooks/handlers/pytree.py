@@ -17,7 +17,7 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -47,7 +47,7 @@ from ckpt_hooks.processes import Writers
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.compression import CompressingWriter
 from ckpt_hooks.storage.layout import Layout
-from ckpt_hooks.storage.lookup import is_file
+from ckpt_hooks.storage.lookup import is_directory, is_file
 from ckpt_hooks.storage.memory import host_bytes
 from ckpt_hooks.storage.writer import ArrayWriter, HostMemory, Sources
 
@@ -99,25 +99,22 @@ class StandardCheckpointHandler(CheckpointHandler):
         self._options = ArrayOptions() if options is None else options
         self._memory = HostMemory(self._options.max_host_bytes)
         self._compresses = self._options.compression is not None
+        self._unfinished: dict[str, CompressingWriter] = {}  # by the item's directory
         self._writer_class = CompressingWriter if self._compresses else ArrayWriter
-        self._writers = processes.MultiprocessingOptions().writers()
-        self._rank = self._writers.ranks.get(processes.index(), 0)
+        self.take_part(processes.MultiprocessingOptions())
 
     def take_part(self, options: processes.MultiprocessingOptions) -> None:
         self._writers = options.writers()
         self._rank = self._writers.ranks.get(processes.index(), 0)
-        if self._compresses and len(self._writers.indexes) > 1:
-            raise InvalidArgumentError(
-                f"compression={self._options.compression!r} is for one process, or for storage that each process has "
-                f"for itself (primary_host=None); {len(self._writers.indexes)} save together here: leave it out."
-            )
+        self._finishes = self._compresses and self._rank == 0 and len(self._writers.indexes) > 1
 
     def stage(self, args: StandardSaveArgs) -> StagedSave:
         plan, leaves = Plan.of(args.item, self._writers, self._compresses, args.part_of)
         sources, strings = plan.take(leaves, self._rank)
         writer = self._writer_class(plan.layout, self._rank, sources)
+        write = functools.partial(plan.write, writer, strings, self._rank)
         return StagedSave(
-            functools.partial(plan.write, writer, strings, self._rank),
+            functools.partial(self._write_unfinished, writer, write) if self._finishes else write,
             detach=functools.partial(self._detach, writer),
             nbytes=plan.layout.files[self._rank].nbytes,
             recorded_name=plan.recorded_name,
@@ -127,11 +124,26 @@ class StandardCheckpointHandler(CheckpointHandler):
     def _detach(self, writer: ArrayWriter, directory: epath.Path) -> None:
         writer.detach(os.fspath(directory), self._memory, copies=self._options.staging == "copy")
 
+    def _write_unfinished(self, writer: Any, write: Callable[[epath.Path], None], directory: epath.Path) -> None:
+        write(directory)
+        failed = [path for path in self._unfinished if not is_directory(path)]
+        for path in failed:
+            del self._unfinished[path]
+        self._unfinished[os.fspath(directory)] = writer
+
     def save(self, directory: epath.Path, args: StandardSaveArgs) -> None:
         self.stage(args).write(directory)
 
+    def finalize(self, directory: epath.Path) -> None:
+        """Of several processes that compress, the first one writes the index now, when all chunks have their places."""
+        if self._finishes:
+            path = os.fspath(directory)
+            for name, content in self._unfinished.pop(path).finish(path).items():
+                commit.write_file(os.path.join(path, name), content)
+
     def close(self) -> None:
         self._memory.clear()
+        self._unfinished.clear()
 
     def restore(self, directory: epath.Path, args: StandardRestoreArgs | None = None) -> Any:
         args = StandardRestoreArgs() if args is None else args
@@ -229,6 +241,7 @@ class Plan:
         }
         is_alone = writers is processes.ALONE
         self.claim = "" if is_alone else structure_claim(self._names, self._leaves, types, shared=self._is_shared)
+        self.claim += "\ncompression" if self.claim and compresses else ""
 
     def claim_with(self, leaves: Sequence[Any]) -> str:
         """What the other processes compare with theirs, the values of those leaves included that each has by itself."""

@@ -10,9 +10,9 @@ part of a large one or of a node of the index), so that a restore checks only wh
     last 8 bytes       uint64 XXH3-64 of everything before
 
 Where several processes write an item, each writes the table of its own data file: process 0 the one above, whose
-line has a field more, ``"tables": <number of processes>``, and process 3 ``_ARRAY_CHECKSUMS.3``. Nothing has to
-reach process 0 but the digests of these tables, which it takes with those of all other files at the commit. Where
-each process stores its own part by itself, the line says whose it is: ``"part_of_process": 3``.
+line has a field more, ``"tables": <number of processes>``, and process 3 ``_ARRAY_CHECKSUMS.3``, with the places of its
+chunks behind the pieces where they are compressed. Process 0 reads nothing else of the others. Where each process
+stores its own part by itself, the line says whose it is: ``"part_of_process": 3``.
 
 ``_CHECKSUMS``, in the checkpoint's own directory, covers every other file of the checkpoint, the items'
 ``_ARRAY_CHECKSUMS`` among them, so that an item swapped in from another step does not pass. It is text, in the
@@ -86,6 +86,7 @@ class ArrayChecksums:
     files: Mapping[str, tuple[Pieces, int]]
     num_tables: int = 1
     part_of_process: int | None = None  # whose part of a state the item is; None where it is a whole one
+    places: bytes = b""  # of compressed chunks
 
     def encode(self) -> bytes:
         """The file ``_ARRAY_CHECKSUMS``."""
@@ -93,7 +94,7 @@ class ArrayChecksums:
         fields = {"format": 1, "files": table} | ({"tables": self.num_tables} if self.num_tables > 1 else {})
         fields |= {} if self.part_of_process is None else {"part_of_process": self.part_of_process}
         head = json.dumps(fields).encode() + b"\n"
-        body = head + b"".join(pieces.tobytes() for pieces, _ in self.files.values())
+        body = head + b"".join(pieces.tobytes() for pieces, _ in self.files.values()) + self.places
         return body + struct.pack("<Q", digest(body))
 
     @classmethod
@@ -108,7 +109,7 @@ class ArrayChecksums:
         for name, num, nbytes in fields["files"]:
             pieces, rest = np.frombuffer(rest[: num * PIECE.itemsize], PIECE), rest[num * PIECE.itemsize :]
             files[name] = (pieces, nbytes)
-        return cls(files, fields.get("tables", 1), fields.get("part_of_process"))
+        return cls(files, fields.get("tables", 1), fields.get("part_of_process"), rest)
 
     @classmethod
     def read(cls, directory: str, process: int = 0) -> ArrayChecksums:

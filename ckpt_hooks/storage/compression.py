@@ -2,6 +2,8 @@
 
 How long a compressed chunk is, is known only once it is compressed. So nothing but the way to the writer is planned:
 chunks are compressed side by side, each goes to the end of the data file, and the index is made when all are there.
+Of several processes, each leaves the places of its chunks in its table of checksums, and the first one makes the index
+of all of them when all have written.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import ocdbt
+from ckpt_hooks.storage.checksums import ArrayChecksums
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.layout import DataFile, Layout, Place, add_index
 from ckpt_hooks.storage.memory import Bytes, aligned_memory
@@ -24,16 +29,19 @@ __all__ = ["ZSTD", "CompressingWriter", "decompress_into", "decompressed"]
 
 ZSTD: dict[str, Any] = {"id": "zstd", "level": 1}  # Orbax's level: a higher one costs more than it gains on weights
 _THREADS = 2
+_PLACE = np.dtype([("nbytes", "<u8"), ("offset", "<u8")])
+_NOWHERE = Place(0, 0, 0, None)  # until it is written
 
 
 class CompressingWriter(ArrayWriter):
-    """An `ArrayWriter` of one process, of a layout that inlines nothing, that compresses each chunk on its way."""
+    """An `ArrayWriter`, of a layout that inlines nothing, that compresses each chunk on its way."""
 
     def __init__(self, layout: Layout, process: int, sources: Sources) -> None:
         super().__init__(layout, process, sources)
         self._arrays, self._nbytes = layout.arrays, layout.chunk_nbytes[process]
         self._file = DataFile(process)
-        self._places: list[Place | None] = [None] * len(self._nbytes)
+        self._process = process
+        self._places: list[Place] = [_NOWHERE] * len(self._nbytes)
         self._inline: dict[int, bytes] = {}
         self._end_lock = threading.Lock()  # of the file's end, where one chunk is appended at a time
 
@@ -48,8 +56,8 @@ class CompressingWriter(ArrayWriter):
                 groups = itertools.groupby(numbers, key=lambda number: blocks[number].parts)
                 tasks = [functools.partial(self._compress, descriptor, list(group)) for _, group in groups]
                 run_parallel(tasks, _THREADS)
-            if end == len(blocks) and not self._manifest_template:
-                self._write_index(descriptor)
+            if end == len(blocks) and self._num_processes == 1 and not self._manifest_template:
+                self._write_index(descriptor, self._places)
         finally:
             os.close(descriptor)
 
@@ -76,9 +84,9 @@ class CompressingWriter(ArrayWriter):
             first = len(self._file.blocks)
             self._file.end_block()
             for source, content in chunks.items():
-                is_inline = len(content) <= ocdbt.MAX_INLINE_VALUE_BYTES
+                is_inline = self._process == 0 and len(content) <= ocdbt.MAX_INLINE_VALUE_BYTES
                 offset = None if is_inline else self._file.add(source, len(content))
-                self._places[source] = Place(len(content), 0, source, offset)
+                self._places[source] = Place(len(content), self._process, source, offset)
                 if is_inline:
                     self._inline[source] = content
             self._file.end_block()
@@ -89,14 +97,44 @@ class CompressingWriter(ArrayWriter):
             start = block.start or 0
             self._write_block(descriptor, block, joined[start : start + block.nbytes])
 
-    def _write_index(self, descriptor: int) -> None:
+    def _small_files(self) -> dict[str, bytes]:
+        if self._process > 0:
+            places = [(place.nbytes, place.offset) for place in self._places]
+            self._encoded_places = np.array(places, _PLACE).tobytes()
+        elif not self._manifest_template:  # until `finish`, which needs nothing more of the caller's memory
+            self._pool = []
+            return {}
+        return super()._small_files()
+
+    def finish(self, directory: str) -> dict[str, bytes]:
+        """Writes the index over the chunks of all processes, in the first one; returns the small files left to write.
+
+        Raises CorruptCheckpointError where another process's table is not there, or not what it wrote.
+        """
+        others = [_places_of(directory, process) for process in range(1, self._num_processes)]
+        remaining = [iter(self._places), *others]
+        places = [next(remaining[owner]) for array in self._arrays for owner in array.owners]
+        descriptor = os.open(os.path.join(directory, self._file.name), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._write_index(descriptor, places)
+        finally:
+            os.close(descriptor)
+        return self._small_files()
+
+    def _write_index(self, descriptor: int, places: Sequence[Place]) -> None:
         first = len(self._file.blocks)
-        places = [place for place in self._places if place is not None]
         self._manifest_template = add_index(self._file, self._arrays, places, ZSTD)
-        sources = [self._inline.get(source, b"") for source in range(len(places))]
+        sources = [self._inline.get(source, b"") for source in range(len(self._places))]
         self._pool = [*sources, *self._file.constants]
         for block in self._file.blocks[first:]:
             self._write_block(descriptor, block, memoryview(self._content(block)))
+
+
+def _places_of(directory: str, process: int) -> Iterator[Place]:
+    """Those of the chunks of another process, in their order."""
+    table = np.frombuffer(ArrayChecksums.read(directory, process).places, _PLACE)
+    for source, (nbytes, offset) in enumerate(table.tolist()):
+        yield Place(nbytes, process, source, offset)
 
 
 def _compressed(contents: Sequence[Any], nbytes: int) -> bytes:

@@ -108,6 +108,7 @@ class ArrayWriter:
         self._manifest_template = layout.manifest if process == 0 else None
         self._mutable, self._remote = sources.mutable, dict(sources.remote)
         self._pool = [*sources.buffers, *self._file.constants]
+        self._encoded_places = b""  # what process 0 has to be told to write the index
         self._num_written = 0  # blocks
         self._digests: dict[int, Sequence[int]] = {}  # of the pieces of each block, by its offset
         self._held: list[Content | None] = [None] * len(self._blocks)  # what `detach` has taken
@@ -201,7 +202,7 @@ class ArrayWriter:
         pieces["offset"], pieces["nbytes"] = np.array(places, np.uint64).reshape(-1, 2).T
         pieces["digest"] = [found for block in blocks for found in self._digests[block.offset]]
         data_files = {self._file.name: (pieces, self._file.nbytes)}
-        table = ArrayChecksums(data_files, self._num_processes, self._part_of_process)
+        table = ArrayChecksums(data_files, self._num_processes, self._part_of_process, self._encoded_places)
         files = {self._file.table_name: table.encode()}
         if self._manifest_template is not None:
             manifest = bytearray(self._manifest_template)
