@@ -168,6 +168,27 @@ def read_little(folder: Path, written: str) -> Any:
     return report
 
 
+def hold_little(folder: Path, limit_mib: int) -> Any:
+    """How much memory a save in the background takes at most, beside the state: with a bound, and with none."""
+    saved = {"big": spread(big(), sharding("big"))}
+    small = {"vector": spread(values()["vector"], sharding("vector"))}
+    report: dict[str, Any] = {"own": sum(shard.data.nbytes for shard in saved["big"].addressable_shards)}
+    for name, limit_bytes in (("bound", limit_mib * MIB), ("no bound", None)):
+        options = ckpt_hooks.ArrayOptions(max_host_bytes=limit_bytes)
+        with ckpt_hooks.AsyncCheckpointer(
+            ckpt_hooks.StandardCheckpointHandler(options), timeout_secs=60
+        ) as checkpointer:
+            checkpointer.save(folder / f"warm, {name}", small)  # what the code itself needs is there then
+            checkpointer.wait_until_finished()
+            before = reset_peak_bytes()
+            checkpointer.save(folder / name, saved)
+            checkpointer.wait_until_finished()
+            report[name] = peak_bytes() - before if before else 0
+            like = {"big": jax.ShapeDtypeStruct(big().shape, np.float32, sharding=sharding("big"))}
+            report[f"{name}, equal"] = not differing(checkpointer.restore(folder / name, like), {"big": big()})
+    return report
+
+
 def reset_peak_bytes() -> int:
     """From here on, `peak_bytes` counts; 0 where the system cannot."""
     try:

@@ -80,6 +80,20 @@ def test_each_process_reads_and_holds_only_its_part(nursery: Nursery, written: d
             assert found["extra"] < 32 * MIB, f"{found['extra'] / MIB:.0f} MiB"
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_save_holds_no_more_than_the_bound_in_each_process(nursery: Nursery, tmp_path: Path, count: int) -> None:
+    """Beside its own shards, max_host_bytes and little more; without a bound, its shards once more."""
+    for process in nursery.run_group(scenarios.hold_little, tmp_path, count, 12):
+        assert process.code == 0, process.log
+        found = process.report
+        own_mib = 96 // count
+        assert found["own"] == own_mib * MIB
+        assert found["bound, equal"] and found["no bound, equal"]
+        if found["no bound"]:  # where the system can tell
+            assert found["no bound"] > (own_mib - 4) * MIB, f"{found['no bound'] / MIB:.1f} MiB"
+            assert found["bound"] < (12 + 4) * MIB, f"{found['bound'] / MIB:.1f} MiB"
+
+
 # ------------------------------------------------------------------ one step for all
 
 
