@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 
+from ckpt_hooks import processes
 from ckpt_hooks.metadata import METADATA_FILE
-from ckpt_hooks.storage.checksums import ARRAY_FILE, DATA_FOLDER
 from ckpt_hooks.storage.ocdbt import MANIFEST_FILE
+from ckpt_hooks.storage.per_process import ARRAY_FILE, DATA_FOLDER, PROCESS_FILE
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import OWN_ARRAY_METADATA, SHARDING_FILE, STRINGS_FILE
 
 __all__ = ["is_of_another"]
 
-_PER_PROCESS = re.compile(rf"/(?:{DATA_FOLDER}/([0-9a-f]{{32}})|{ARRAY_FILE}(?:\.(\d+))?)$").search
+_PER_PROCESS = re.compile(
+    rf"/(?:{DATA_FOLDER}/([0-9a-f]{{32}})|{ARRAY_FILE}(?:\.(\d+))?|{PROCESS_FILE.pattern})$"
+).search
 _OF_THE_FIRST = re.compile(
     rf"/(?:{METADATA_FILE}|{TREE_METADATA_FILE}|{SHARDING_FILE}|{STRINGS_FILE}|{MANIFEST_FILE}"
     rf"|{OWN_ARRAY_METADATA})$"
@@ -33,4 +36,6 @@ def is_of_another(rank: int, path: str) -> bool:
     found = _PER_PROCESS(path)
     if found is None:
         return rank != 0 and _OF_THE_FIRST(path) is not None
+    if found[3]:
+        return found[3] != str(processes.index())
     return rank != (int(found[1], 16) if found[1] else int(found[2] or 0))

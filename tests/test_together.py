@@ -142,14 +142,19 @@ def test_too_little_space_for_what_all_write_is_found_before_anything_is_written
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_each_file_is_synced_by_who_wrote_it(nursery: Nursery, tmp_path: Path, count: int) -> None:
-    """Every file of a save is durable, and no process syncs the data or the checksums of another one."""
+    """Every file of a save is durable, and no process syncs the data, the checksums or the iterator of another one.
+
+    Nor does it check another one's iterator when it restores.
+    """
     ended = nursery.run_group(together.synced_and_written, tmp_path, count)
     assert [process.code for process in ended] == [0] * count, [process.log for process in ended]
     synced = [set(process.report["synced"]) for process in ended]
     assert set(ended[0].report["present"]) <= set.union(*synced)
     for rank in range(count):
         table = "_ARRAY_CHECKSUMS" if rank == 0 else f"_ARRAY_CHECKSUMS.{rank}"
-        for own in (f"params/d/{rank:032x}", f"params/{table}"):
+        state = f"process_{rank}-of-{count}.json"
+        assert ended[rank].report["states checked"] == [state], "by a restore"
+        for own in (f"params/d/{rank:032x}", f"params/{table}", f"data/{state}"):
             assert [own in some for some in synced] == [other == rank for other in range(count)], own
 
 
@@ -158,7 +163,9 @@ def test_what_is_the_same_in_all_processes_is_written_once(nursery: Nursery, tmp
     alone, four = (
         nursery.run_group(together.synced_and_written, tmp_path / str(count), count)[0].report for count in (1, 4)
     )
-    more = [name for name in four["present"] if name not in alone["present"]]
+    new = [name for name in four["present"] if name not in alone["present"]]
+    more = [name for name in new if not name.startswith("data/")]
+    assert len(new) - len(more) == 4, "of the iterators"
     items = sorted({name.split("/")[0] for name in more})
     assert more == sorted(
         f"{item}/{name}"

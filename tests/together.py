@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ckpt_hooks
 from ckpt_hooks import processes, shared_directory
+from ckpt_hooks.storage import checksums
 from ckpt_hooks.testing import damage
 
 
@@ -204,13 +205,26 @@ def synced_and_written(folder: Path) -> dict[str, list[str]]:
         fsync(fd)
 
     os.fsync = recording
+    me = jax.process_index()
     with ckpt_hooks.CheckpointManager(folder / "run", async_save=False) as manager:
-        manager.save(1, state_at(1))
+        manager.save(1, state_at(1), data=Position(me))
+        wait_for_all("saved")
+        os.fsync, checked, problem = fsync, [], checksums._problem
+
+        def recording_check(path: str, accepted: Any) -> str | None:
+            checked.append(os.path.basename(path))
+            return problem(path, accepted)
+
+        checksums._problem = recording_check
+        position = Position(-1)
+        manager.restore(state_at(0), data=position)
+    assert position.at == me
     final = folder / "run" / "1"
     names = [Path(path.replace(".orbax-checkpoint-tmp", "")) for path in synced]
     below = [os.path.relpath(path, final) for path in names if path.is_relative_to(final)]
     present = [os.path.relpath(path, final) for path in final.rglob("*") if path.is_file()]
-    return {"synced": sorted(below), "present": sorted(present)}
+    states = sorted(name for name in checked if "-of-" in name)
+    return {"synced": sorted(below), "present": sorted(present), "states checked": states}
 
 
 def compressed(folder: Path) -> Any:

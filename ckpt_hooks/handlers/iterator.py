@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from typing import Any
 
 from etils import epath
@@ -21,6 +20,7 @@ from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSa
 from ckpt_hooks.handlers.iterator_state import state_to_text, text_to_state
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.per_process import PROCESS_FILE, process_file
 
 __all__ = [
     "IteratorCheckpointHandler",
@@ -33,7 +33,6 @@ __all__ = [
     "set_saved_state",
 ]
 
-_PROCESS_FILE = re.compile(r"process_(\d+)-of-(\d+)\.json")
 _SUMMARY_FILE = "metadata"  # where Orbax, which takes this for a JSON item, looks
 _GRAIN_ELASTIC = "grain._src.python.dataset.elastic_iterator"
 
@@ -95,7 +94,7 @@ class IteratorCheckpointHandler(CheckpointHandler):
         summary = json.dumps({"process_count": processes.count(), **kind})
 
         def write(directory: epath.Path) -> None:
-            commit.write_file(os.path.join(directory, _file_name(processes.index())), text)
+            commit.write_file(os.path.join(directory, process_file(processes.index(), processes.count())), text)
             if self._is_primary:
                 commit.write_file(os.path.join(directory, _SUMMARY_FILE), summary)
 
@@ -120,11 +119,7 @@ class IteratorCheckpointHandler(CheckpointHandler):
 
     @classmethod
     def recognizes(cls, directory: str) -> bool:
-        return any(_PROCESS_FILE.fullmatch(name) for name in os.listdir(directory))
-
-
-def _file_name(process: int, count: int | None = None) -> str:
-    return f"process_{process}-of-{count or processes.count()}.json"
+        return any(PROCESS_FILE.fullmatch(name) for name in os.listdir(directory))
 
 
 # ------------------------------------------------------------------ reading
@@ -134,14 +129,14 @@ def _read(directory: str, target: Any) -> Any:
     """The state of this process, or of all where their number has changed and `target` can divide them anew."""
     was_bytes = _were_bytes(directory, target)
     try:
-        return _read_file(directory, _file_name(processes.index()), was_bytes)
+        return _read_file(directory, process_file(processes.index(), processes.count()), was_bytes)
     except FileNotFoundError:
         names = sorted(name for name in os.listdir(directory) if name.startswith("process_"))
-    counts = {int(found[2]) for name in names if (found := _PROCESS_FILE.fullmatch(name))}
-    complete = [count for count in counts if {_file_name(i, count) for i in range(count)} <= set(names)]
+    counts = {int(found[2]) for name in names if (found := PROCESS_FILE.fullmatch(name))}
+    complete = [count for count in counts if {process_file(i, count) for i in range(count)} <= set(names)]
     if not can_divide_anew(target) or len(complete) != 1:
         raise _explained(directory, names)
-    files = [_file_name(process, complete[0]) for process in range(complete[0])]
+    files = [process_file(process, complete[0]) for process in range(complete[0])]
     states = StatesOfAll(_read_file(directory, name, was_bytes) for name in files)
     if not hasattr(target, "set_states") and any(state != states[0] for state in states):
         raise StructureMismatchError(

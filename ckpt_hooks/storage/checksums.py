@@ -30,7 +30,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -41,6 +40,7 @@ import xxhash
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import COMMIT_MARKER
 from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
+from ckpt_hooks.storage.per_process import ARRAY_FILE, DATA_FOLDER, array_file, is_for_another
 
 __all__ = [
     "ARRAY_FILE",
@@ -56,12 +56,8 @@ __all__ = [
 ]
 
 FILE = "_CHECKSUMS"
-ARRAY_FILE = "_ARRAY_CHECKSUMS"
-DATA_FOLDER = "d"
 PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
 _TITLE = "ckpt_hooks checksums 1"
-# Of every process that wrote an item but the first: the table of its data file, which is checked when it is needed.
-_TABLE_OF_ANOTHER_PROCESS = re.compile(rf"(?:^|/){ARRAY_FILE}\.[1-9]\d*$").search
 _READ_NBYTES = 64 << 10  # small enough for memory that need not be fetched from the system
 
 Pieces = npt.NDArray[np.void]
@@ -72,11 +68,6 @@ digest = xxhash.xxh3_64_intdigest
 
 
 # ------------------------------------------------------------------ array checksums
-
-
-def array_file(process: int) -> str:
-    """The table of the data file of a process."""
-    return ARRAY_FILE if process == 0 else f"{ARRAY_FILE}.{process}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,11 +320,11 @@ class FileChecksums:
                 yield problem
 
     def check(self, directory: str, below: str | None = None) -> None:
-        """Checks what a restore reads in any case, of each item the files of the first process that wrote it.
+        """Checks what a restore by this process reads in any case.
 
         Raises CorruptCheckpointError that lists every problem.
         """
-        common = {path: accepted for path, accepted in self.files.items() if not _TABLE_OF_ANOTHER_PROCESS(path)}
+        common = {path: accepted for path, accepted in self.files.items() if not is_for_another(path)}
         problems = list(FileChecksums(common).problems(directory, below))
         if problems:
             raise CorruptCheckpointError("; ".join(problems))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_hooks.storage import ocdbt
-from ckpt_hooks.storage.checksums import DATA_FOLDER, array_file
+from ckpt_hooks.storage.per_process import DATA_FOLDER, array_file
 
 __all__ = [
     "ArraySpec",
