@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["put_bound", "put_free"]
+__all__ = ["put_bound", "put_free", "weakly_typed"]
 
 
 def put_free(arrays: Sequence[Any]) -> list[jax.Array]:
@@ -44,6 +45,41 @@ def put_bound(arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding])
     if not single or not _is_fast(arrays):
         return list(jax.device_put(list(arrays), list(shardings)))
     return _fast_put(arrays, shardings, committed=True)
+
+
+def weakly_typed(array: jax.Array) -> jax.Array:
+    """The array where it is, with the type that `jnp.full(shape, 0.5)` has; itself where its dtype has no weak one.
+
+    A weakly typed array promotes differently (w32 * bf16 is bf16), so a run would not go on as it was without.
+    """
+    if array.weak_type or jnp.asarray(_zero_like(array)).dtype != array.dtype:
+        return array
+    if array.ndim == 0:  # as most are: quicker
+        weak = jnp.asarray(array.item())
+        return put_bound([weak], [array.sharding])[0] if array.committed else weak
+    if not array.committed:
+        return _weak_copy(array)
+    sharding = _without_axis_types(array.sharding)
+    copied: jax.Array = jax.jit(_weak_copy, out_shardings=sharding)(jax.device_put(array, sharding))
+    placed: jax.Array = jax.device_put(copied, array.sharding)
+    return placed
+
+
+def _weak_copy(array: jax.Array) -> jax.Array:
+    # Nothing public makes data weak, but a Python number is, and an array that is written into stays as it was made.
+    return jnp.full(array.shape, _zero_like(array)).at[...].set(array)
+
+
+def _zero_like(array: jax.Array) -> Any:
+    return np.zeros((), array.dtype).item()
+
+
+def _without_axis_types(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The same places, without the explicit axes for which JAX asks in each operation."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    mesh = jax.sharding.Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+    return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 def _is_fast(arrays: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ckpt_hooks import tree
 from ckpt_hooks.changes import Changes
-from ckpt_hooks.devices import put_bound, put_free
+from ckpt_hooks.devices import put_bound, put_free, weakly_typed
 from ckpt_hooks.errors import StructureMismatchError
 from ckpt_hooks.leaves import is_prng_key
 from ckpt_hooks.shards import Parts, put_parts
@@ -233,7 +233,7 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
         for number, array in zip(numbers, arrays, strict=True):
             values[number] = array
     for number in weak:
-        values[number] = _weakened(values[number])
+        values[number] = weakly_typed(values[number])
 
 
 def _width_is_kept(dtype: Any) -> bool:
@@ -245,12 +245,3 @@ def _raise_cut(name: str, dtype: Any) -> NoReturn:
         f"{_show(name)}: `like` wants a JAX array of {dtype}, which JAX would cut to "
         f"{jax.dtypes.canonicalize_dtype(dtype)}; set jax_enable_x64, or give a NumPy array in `like`."
     )
-
-
-def _weakened(value: jax.Array) -> jax.Array:
-    # A weakly typed scalar promotes differently (w32 * bf16 is bf16), so a run would not go on as it was.
-    if not value.weak_type and value.ndim == 0:
-        weak = jnp.asarray(value.item())
-        if weak.dtype == value.dtype:
-            return jax.device_put(weak, value.sharding) if value.committed else weak
-    return value

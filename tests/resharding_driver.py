@@ -220,6 +220,19 @@ def one_array_of_orbax(folder: Path) -> None:
         assert np.asarray(restored).tobytes() == values()["kernel"].tobytes()
 
 
+def weakly_typed(folder: Path) -> None:
+    """A weakly typed array is one again in every sharding."""
+    weak = jax.numpy.full(values()["kernel"].shape, 0.5).at[...].set(values()["kernel"])
+    with ckpt_hooks.CheckpointManager(folder / "weak") as manager:
+        manager.save(1, {"w": jax.device_put(weak, sharding("4 x 2", 2))})
+        manager.wait()
+        for how in ("4 x 2", "2 x 4"):
+            like = jax.ShapeDtypeStruct(weak.shape, weak.dtype, sharding=sharding(how, 2), weak_type=True)
+            restored = manager.restore({"w": like})["w"]
+            assert restored.weak_type and restored.sharding == sharding(how, 2), restored.sharding
+            assert np.asarray(restored).tobytes() == values()["kernel"].tobytes()
+
+
 def devices_that_are_not_here(folder: Path) -> None:
     """Where the saved devices are not here and nothing is asked for, all goes to one, and a log line says so."""
     with ckpt_hooks.CheckpointManager(folder / "elsewhere") as manager:
@@ -252,7 +265,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         found = cases(folder)
-        for more in (cast_and_renamed, flax_file, one_array_of_orbax, devices_that_are_not_here):
+        for more in (cast_and_renamed, flax_file, one_array_of_orbax, weakly_typed, devices_that_are_not_here):
             found[more.__name__] = functools.partial(more, folder)
         for name, case in found.items():
             try:

@@ -53,7 +53,9 @@ def test_a_compressed_state_is_restored_in_another_mesh(report: dict[str, str], 
     assert report["zstd: " + " -> ".join(pair)] == "equal"
 
 
-@pytest.mark.parametrize("case", ["cast_and_renamed", "flax_file", "one_array_of_orbax", "devices_that_are_not_here"])
+@pytest.mark.parametrize(
+    "case", ["cast_and_renamed", "flax_file", "one_array_of_orbax", "weakly_typed", "devices_that_are_not_here"]
+)
 def test_more(report: dict[str, str], case: str) -> None:
     """A cast and a renaming, and a file of Flax, spread; and saved shardings whose devices are gone."""
     assert report[case] == "equal"

@@ -515,6 +515,25 @@ def test_weak_types_stay_weak(round_trip: RoundTrip, is_bound: bool) -> None:
     assert not restored["strong"].weak_type
 
 
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("dtype", [float, int, complex])
+def test_weak_arrays_stay_weak(round_trip: RoundTrip, dtype: type, axis_type: Any) -> None:
+    """So do arrays of any shape, as `jnp.full(shape, 0.5)` makes them, wherever they are; to the last bit."""
+    some = [[-7, 1], [2, 3]] if dtype is int else [[-0.0, jnp.nan], [1e-40, jnp.inf]]
+    weak = jnp.full((4, 2), dtype(3)).at[1:3].set(jnp.asarray(some, dtype))
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(axis_type,))
+    spread = jax.device_put(weak, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    bound = jax.device_put(weak, jax.devices()[0])
+    state = {"free": weak, "bound": bound, "spread": spread, "empty": weak[:0]}
+    assert all(array.weak_type for array in state.values())
+    restored = round_trip(state, jax.tree.map(lambda array: array - array, state))
+    assert_same(state, restored)
+    for name, array in state.items():
+        assert restored[name].sharding.is_equivalent_to(array.sharding, 2)
+        assert restored[name].committed == array.committed
+    assert_same(restored["free"] * jnp.bfloat16(1), weak * jnp.bfloat16(1))
+
+
 def test_cast_converts_dtypes(round_trip: RoundTrip) -> None:
     """cast=True converts a dtype that differs; without it, that is an error which names the option."""
     saved = {"w": jnp.arange(4.0), "n": np.int64(3), "x": 1.5}

@@ -124,7 +124,7 @@ def _blank_leaf(leaf: Any) -> Any:
             data = jnp.zeros_like(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=str(jax.random.key_impl(leaf)))
         if leaf.weak_type:
-            return jnp.asarray(type(leaf.item())(0))
+            return jnp.full(leaf.shape, np.zeros((), leaf.dtype).item())
         return jnp.zeros(leaf.shape, leaf.dtype)
     if isinstance(leaf, np.ndarray | np.generic):
         zeros = np.zeros(leaf.shape, leaf.dtype)

@@ -146,6 +146,12 @@ def _weak_types() -> Any:
     return {
         "params": {
             "weak": {"int": jnp.asarray(3), "float": jnp.asarray(0.5), "bool": jnp.asarray(True)},
+            "weak arrays": {
+                "floats": jnp.full((2, 3), 0.5).at[1].set(jnp.arange(3.0) / 7),
+                "ints": jnp.full(3, 7),
+                "complex": jnp.full((1, 2), 1j),
+                "empty": jnp.full((0, 2), 0.5),
+            },
             "strong": {"int": jnp.asarray(3, jnp.int32), "float": jnp.asarray(0.5, jnp.float32)},
         }
     }
