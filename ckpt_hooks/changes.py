@@ -1,14 +1,15 @@
 """How what was saved may differ from what it is restored into: in part, renamed, in another dtype, with gaps.
 
 A path has slashes between its keys and begins with the item: ``params/encoder/kernel``. Inside an item the keys stand
-with dots between them, as they do in the checkpoint; a dot within a key counts as a slash too.
+with dots between them, as they do in the checkpoint. A dot or a slash within a key, as Haiku's ``mlp/~/linear_0`` has,
+counts as one between keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -68,6 +69,8 @@ class Changes:
             raise InvalidArgumentError(f"rename= is a dict of paths or a function of a path, got {rename!r}")
         if not has_target and (missing, unexpected, rename) != ("error", "error", None):
             raise InvalidArgumentError("missing=, unexpected= and rename= say how to fit `like`, and none was given")
+        if isinstance(rename, Mapping):
+            rename = {_without_end(old): _without_end(new) for old, new in rename.items()}
         for old, new in rename.items() if isinstance(rename, Mapping) else ():
             if not (isinstance(old, str) and isinstance(new, str) and old and new):
                 raise InvalidArgumentError(f"rename= has paths as in 'params/dense', got {old!r}: {new!r}")
@@ -100,6 +103,7 @@ class Changes:
         wrong = [path for path in paths if not isinstance(path, str)]
         if wrong:
             raise InvalidArgumentError(f"items= is a list of names or paths, which are strings; got {wrong}")
+        paths = [path.rstrip("/") or path for path in paths]
         names = list(dict.fromkeys(path.split("/")[0] for path in paths))
         whole = {path for path in paths if "/" not in path}
         only = tuple(path for path in paths if path.split("/")[0] not in whole)
@@ -157,12 +161,18 @@ class Changes:
         """Whether nothing may differ but what `cast=True` allows."""
         return self == dataclasses.replace(EXACT, cast=bool(self.cast is True), item=self.item)
 
-    def renamed(self, saved: Iterable[str]) -> dict[str, str]:
-        """{name: saved name}. Raises NameCollisionError, and InvalidArgumentError for what renames nothing."""
+    def renamed(self, saved: Iterable[str], wanted: Collection[str] = ()) -> dict[str, str]:
+        """{name: saved name}, of the names that are `wanted` as they are written there.
+
+        Raises NameCollisionError, and InvalidArgumentError for what renames nothing.
+        """
         if self.rename is None:
             return {name: name for name in saved}
         known = list(saved)
         new_names = self._by_function(self.rename, known) if callable(self.rename) else self._by_table(known)
+        slashed = {_dotted(name): name for name in wanted if "/" in name}
+        if slashed:
+            new_names = [new if new in wanted else slashed.get(_dotted(new), new) for new in new_names]
         found: dict[str, str] = {}
         for old, new in zip(known, new_names, strict=True):
             if new in found:
@@ -192,12 +202,12 @@ class Changes:
         assert isinstance(self.rename, Mapping)
         renamed, used = [], set()
         for name in names:
-            parts = [old for old in self.rename if name == old or name.startswith(f"{old}.")]
+            parts = [old for old in self.rename if _is_at(_dotted(name), old)]
             longest = max(parts, key=len, default=None)  # the most specific one
             used.add(longest)
             renamed.append(name if longest is None else self.rename[longest] + name[len(longest) :])
         for old in self.rename.keys() - used:
-            meant = tree.nearest(old, names)
+            meant = tree.nearest(old, map(_dotted, names))
             hint = f"; is it {self.path(meant)!r}?" if meant else ""
             raise InvalidArgumentError(f"rename=: nothing is saved at {self.path(old)!r}{hint}")
         return renamed
@@ -211,7 +221,7 @@ class Changes:
         known = list(names)
         for pattern in self.only:
             if not any(_matches(name, pattern) for name in known):
-                meant = tree.nearest(pattern, known)
+                meant = tree.nearest(pattern, map(_dotted, known))
                 hint = f"; is it {self.path(meant)!r}?" if meant else f"; there are {len(known)} leaves"
                 raise ItemNotFoundError(f"items=: nothing is saved at {self.path(pattern)!r}{hint}")
 
@@ -241,12 +251,27 @@ EXACT = Changes()
 
 
 def _name(path: str, begin: str) -> str:
-    return path[len(begin) :].replace("/", ".")
+    return _dotted(path[len(begin) :])
+
+
+def _dotted(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _without_end(path: Any) -> Any:
+    return path.rstrip("/") if isinstance(path, str) else path
+
+
+def _is_at(name: str, place: str) -> bool:
+    return name == place or name.startswith(f"{place}.")
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a leaf is at the place that a pattern names, or below it."""
-    return name == pattern or fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    """Whether a leaf is at the place that a pattern names, or below it; brackets may also be those of a key."""
+    dotted = _dotted(name)
+    return (
+        _is_at(dotted, pattern) or fnmatch.fnmatchcase(dotted, pattern) or fnmatch.fnmatchcase(dotted, f"{pattern}.*")
+    )
 
 
 def is_floating(dtype: Any) -> bool:

@@ -62,6 +62,8 @@ def is_empty(run: RunDirectory, options: MultiprocessingOptions) -> bool:
     """Whether the leader finds no checkpoint in the run."""
     leads = processes.index() == options.leader()
     found = str(run.latest_step()) if leads else ""
+    if found == str(None) and (hint := run.hint_at_other_names()):
+        _log.warning("%s has no checkpoint%s", run.path, hint)
     if len(options.members()) > 1:
         with _operation(options) as barriers:
             found = barriers.meet("newest", "asks for the newest step", found)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from ckpt_hooks import train_state
 from ckpt_hooks.agreement import Together
 from ckpt_hooks.arguments import require_path
 from ckpt_hooks.changes import Changes
-from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError
+from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError, ItemNotFoundError
 from ckpt_hooks.flax_runs import is_flax_checkpoint
 from ckpt_hooks.listing import is_run
 from ckpt_hooks.manager import CheckpointManager
@@ -55,6 +55,8 @@ class InitFrom:
         if not isinstance(self.directory, str | os.PathLike):
             raise InvalidArgumentTypeError(f"init_from= is a run, a checkpoint or an InitFrom; got {self.directory!r}")
         require_path(self.directory, "init_from=")
+        if isinstance(self.items, Iterator):
+            object.__setattr__(self, "items", tuple(self.items))  # or nothing would be left of it after this look
         self._changes().selecting(self.items)
 
     def _changes(self) -> Changes:
@@ -66,10 +68,21 @@ class InitFrom:
         Raises CheckpointNotFoundError where there is nothing, and what `CheckpointManager.restore` raises.
         """
         path = os.path.abspath(require_path(self.directory, "init_from="))
+        self._require_parts(state)
         is_one = is_flax_checkpoint(path) and not is_run(path)
         read = self._from_checkpoint if is_one else self._from_run
         parts = read(path, state, processes or MultiprocessingOptions())
         return train_state.join(state, {**train_state.split(state), **parts})
+
+    def _require_parts(self, state: Any) -> None:
+        asked, _ = self._changes().selecting(self.items)
+        parts = sorted(train_state.split(state))
+        absent = [name for name in asked or () if name not in parts]
+        if absent:
+            raise ItemNotFoundError(
+                f"init_from: the state has no part {absent}; it has {parts}. Name those that begin as they are in "
+                f"{self.directory}: InitFrom({str(self.directory)!r}, items=({parts[0]!r},))."
+            )
 
     def _from_checkpoint(self, path: str, state: Any, processes: MultiprocessingOptions) -> Any:
         if self.step is not None:

@@ -69,11 +69,11 @@ class SavedTree:
 
     def restore(self, like: Any = NO_TARGET, changes: Changes = EXACT) -> Any:
         """The tree in the structure, types, dtypes and shardings of `like`, or as nested dicts and lists."""
-        saved_names = {} if changes.is_exact else changes.renamed(self.leaves)
+        everything = {} if like is NO_TARGET else tree.named_leaves(like)
+        saved_names = {} if changes.is_exact else changes.renamed(self.leaves, everything)
         changes.require_some(saved_names)
         if like is NO_TARGET:
             return self._restore_plain(changes)
-        everything = tree.named_leaves(like)
         kept = self._kept_functions(everything, changes)
         targets = {name: leaf for name, leaf in everything.items() if name not in kept} if kept else everything
         if are_undecided(targets.values()):

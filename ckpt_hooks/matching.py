@@ -49,6 +49,7 @@ def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], changes: Ch
     Raises StructureMismatchError that lists every leaf, wanted or saved, that does not fit.
     """
     problems = []
+    is_convertible = True  # what has another type
     other = []
     absent = [name for name in saved if name not in wanted]
     unexpected = [] if changes.unexpected == "ignore" or changes.only else absent
@@ -68,24 +69,26 @@ def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], changes: Ch
         problem = _misfit(leaf, value, cast=bool(changes.cast))
         if problem:
             problems.append(problem.format(name=_show(name)))
+            is_convertible &= _misfit(leaf, value, cast=True) is None
     problems += [f"unexpected  {_show(name)}: saved as {saved[name]}, not in `like`" for name in unexpected]
     if problems:
         raise StructureMismatchError(
             f"{item}: the checkpoint does not fit the structure to restore into ({len(problems)} leaves):\n  "
             + "\n  ".join(problems)
             + "\nBuild `like` as it was when the checkpoint was saved, or accept what differs: "
-            + _ways(problems, renamed)
+            + _ways(problems, renamed, is_convertible)
         )
     return other
 
 
-def _ways(problems: Sequence[str], renamed: Mapping[str, str]) -> str:
+def _ways(problems: Sequence[str], renamed: Mapping[str, str], is_convertible: bool) -> str:
     """The arguments that would accept the problems."""
     kinds = {problem.split(" ", 1)[0] for problem in problems}
     ways = {
         "missing": '`missing="keep"` keeps what `like` has',
         "unexpected": '`unexpected="ignore"` leaves saved leaves out',
-        "retyped": "`cast=True` converts arrays of another dtype",
+        "retyped": "`cast=True` converts "
+        + ("arrays of another dtype" if is_convertible else "only numbers into numbers, and no key into another kind"),
         "reshaped": "nothing converts another shape",
     }
     rename = [f"`rename={dict(renamed)}` if that is what has changed"] if renamed and len(renamed) <= _SHOWN else []
@@ -123,7 +126,7 @@ def _misfit(saved: SavedLeaf, like: Any, *, cast: bool) -> str | None:
         return f"retyped     {{name}}: saved as {saved}, `like` has {_describe(like)}, which is no array"
     if tuple(shape) != saved.info.shape:
         return f"reshaped    {{name}}: saved as {saved}, `like` wants {_describe(like)}"
-    if cast or _same_type(saved, like):
+    if _same_type(saved, like) or (cast and _is_number(getattr(like, "dtype", np.dtype(type(like))))):
         return None
     return f"retyped     {{name}}: saved as {saved}, `like` wants {_describe(like)}"
 
@@ -151,6 +154,11 @@ def _same_type(saved: SavedLeaf, like: Any) -> bool:
         # A Python number has no width of its own; `fit` refuses it where it would change in value.
         return _kind(saved.info.dtype) == _kind(like.dtype)
     return bool(saved.info.dtype == like.dtype)
+
+
+def _is_number(dtype: Any) -> bool:
+    """Whether an array of this dtype holds numbers or booleans, and no objects, texts or dates."""
+    return bool(jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_))
 
 
 def _kind(dtype: Any) -> str:

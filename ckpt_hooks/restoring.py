@@ -142,7 +142,7 @@ def nothing_left(run: RunDirectory, rejected: Mapping[int, str]) -> CheckpointEr
     """The error for a run in which there is nothing to restore, or nothing but what was rejected."""
     rejected = {**run.rejected, **rejected}  # an earlier call may have found some
     if not rejected:
-        return CheckpointNotFoundError(f"{run.path} has no checkpoint")
+        return CheckpointNotFoundError(f"{run.path} has no checkpoint{run.hint_at_other_names()}")
     reasons = "\n".join(f"  step {step}: {reason}" for step, reason in rejected.items())
     return NoValidCheckpointError(
         f"no checkpoint of {run.path} can be restored:\n{reasons}\nNothing was removed. To start "
@@ -366,7 +366,8 @@ class _Checkpoint:
     def _check_missing(self, missing: list[str], wanted: Mapping[str, Any]) -> None:
         if self.changes.missing == "error":
             raise ItemNotFoundError(
-                f"{self.path} has no item {missing}; there are {sorted(self.saved)}. Restore the ones there are with "
+                f"{self.path} has no item {missing}; there are {sorted(self.saved)}"
+                f"{tree.is_it(missing[0], self.saved) or '.'} Restore the ones there are with "
                 'items=(...), keep those of `like` with missing="keep", or rename={"saved item": "item of `like`"}.'
             )
         for name in missing:

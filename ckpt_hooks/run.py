@@ -27,7 +27,7 @@ from ckpt_hooks.errors import (
     UnwritableDirectoryError,
     explain_os_error,
 )
-from ckpt_hooks.flax_runs import PREFIX, flax_path, is_flax_checkpoint
+from ckpt_hooks.flax_runs import PREFIX, checkpoints_named_otherwise, flax_path, is_flax_checkpoint
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.handlers.pytree import StandardCheckpointHandler
 from ckpt_hooks.listing import Listing, Names, is_one_checkpoint, is_run
@@ -44,6 +44,7 @@ METRICS_ITEM = "metrics"
 _METRICS_FILE = f"{METRICS_ITEM}/{METRICS_ITEM}"  # where Orbax's CheckpointManager keeps its metrics
 
 _MAX_LISTINGS = 100
+_SHOWN = 5  # names, in an error
 _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
@@ -111,6 +112,18 @@ class RunDirectory:
         steps, flax_steps, _ = self._listing.names()
         self.flax_newest = max(flax_steps, default=-1)
         return sorted({*steps, *flax_steps}, reverse=True) if flax_steps else steps
+
+    def hint_at_other_names(self) -> str:
+        """The end of a sentence that says there is no checkpoint: which there are, under names that are no steps."""
+        found = checkpoints_named_otherwise(self.path)
+        if not found:
+            return ""
+        path = os.path.join(self.path, found[-1])
+        return (
+            f" that is named by its step, but {found[-_SHOWN:]}. They are read by their path, as in "
+            f"ckpt_hooks.restore({path!r}), and a run begins with one by init_from={path!r}. To go on with one here, "
+            "rename it to its step, an integer without zeros before it."
+        )
 
     def anew_if_overtaken(self, look: Callable[[], _T]) -> _T:
         """What `look` finds in a listing none of whose steps a writer has removed in the meantime."""

@@ -15,6 +15,7 @@ import jax
 
 from ckpt_hooks.equinox_modules import is_module
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError, ItemNotFoundError
+from ckpt_hooks.tree import is_it
 
 __all__ = ["WHOLE", "PureState", "join", "no_state", "parts_of", "split"]
 
@@ -70,7 +71,8 @@ def parts_of(state: Any, names: Sequence[str]) -> dict[str, Any]:
     parts = split(state)
     absent = [name for name in names if name not in parts]
     if absent:
-        raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}")
+        meant = is_it(absent[0], parts)
+        raise ItemNotFoundError(f"`like` has no part {absent}; it has {sorted(parts)}{meant}")
     return {name: parts[name] for name in names}
 
 

@@ -240,3 +240,13 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that somebody who wrote `name` may have meant."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def is_it(name: str, candidates: Iterable[str]) -> str:
+    """The nearest candidate as the end of a sentence, or nothing.
+
+    >>> is_it("parms", ["params", "step"]), is_it("x", ["params"])
+    ("; is it 'params'?", '')
+    """
+    meant = nearest(name, candidates)
+    return f"; is it {meant!r}?" if meant else ""

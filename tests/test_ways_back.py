@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,60 @@ def test_a_wrong_rename_is_an_error(manager: CheckpointManager, rename: Any, err
         manager.restore(make_state(0), rename=rename)
 
 
+# ------------------------------------------------------------------ keys that are written like paths
+
+
+def haiku(value: float, name: str = "mlp") -> dict[str, Any]:
+    """Parameters as Haiku names them, and keys with brackets and dots."""
+    layers = {f"{name}/~/linear_{number}": {"w": np.full(2, value), "b": np.zeros(1)} for number in range(2)}
+    return {"params": {**layers, "layers[0]": {"w": np.full(3, value)}, "a.b": np.full(1, value)}}
+
+
+@pytest.mark.parametrize(
+    ("path", "chosen"),
+    [
+        ("params/mlp/~/linear_0", {"mlp/~/linear_0": ("w", "b")}),
+        ("params/mlp/~/linear_0/w", {"mlp/~/linear_0": ("w",)}),
+        ("params/mlp/~/*/w", {"mlp/~/linear_0": ("w",), "mlp/~/linear_1": ("w",)}),
+        ("params/layers[0]", {"layers[0]": ("w",)}),
+        ("params/layers[0]/", {"layers[0]": ("w",)}),
+    ],
+)
+def test_keys_with_slashes_and_brackets_are_reached_by_their_path(
+    tmp_path: Path, path: str, chosen: dict[str, tuple[str, ...]]
+) -> None:
+    """With and without a target, and whether or not the path ends with a slash."""
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, haiku(5))
+        manager.wait()
+        params = haiku(5)["params"]
+        expected = {layer: {name: params[layer][name] for name in names} for layer, names in chosen.items()}
+        assert_same({"params": expected}, manager.restore(items=[path]))
+        into = manager.restore(haiku(0), items=[path])["params"]
+    for layer in ("mlp/~/linear_0", "mlp/~/linear_1", "layers[0]"):
+        assert into[layer]["w"][0] == (5 if "w" in chosen.get(layer, ()) else 0)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        {"params/mlp/~/linear_0": "params/body/~/linear_0", "params/mlp/~/linear_1/": "params/body/~/linear_1/"},
+        lambda path: path.replace("/mlp/", "/body/"),
+    ],
+)
+def test_keys_with_slashes_are_renamed(tmp_path: Path, rename: Any) -> None:
+    """To keys with slashes, which need not stand for levels of the tree."""
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, haiku(5))
+        manager.wait()
+        assert_same(haiku(5, "body"), manager.restore(haiku(0, "body"), rename=rename))
+        with pytest.raises(StructureMismatchError) as caught:
+            manager.restore(haiku(0, "body"))
+    advised = str(caught.value).split("`rename=", 1)[1].split("`", 1)[0]
+    restored = CheckpointManager(tmp_path).restore(haiku(0, "body"), rename=ast.literal_eval(advised))
+    assert_same(haiku(5, "body"), restored)
+
+
 # ------------------------------------------------------------------ gaps
 
 
@@ -196,7 +251,47 @@ def test_a_mismatch_names_the_arguments_that_would_accept_it(manager: Checkpoint
     assert "cast=True" in text
 
 
+def test_an_item_that_is_missing_is_named_with_the_nearest(manager: CheckpointManager) -> None:
+    """Whether it is asked for by name or by what `like` has."""
+    state = make_state(0)
+    for options in (
+        {"items": ["parms"]},
+        {"like": {**state, "stat": state["stats"]}},
+        {"like": state, "items": ["stat"]},
+    ):
+        with pytest.raises(ItemNotFoundError, match=r"is it '(params|stats)'\?"):
+            manager.restore(**options)
+
+
 # ------------------------------------------------------------------ another dtype
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "is_convertible"),
+    [
+        (np.ones(3), np.ones(3, int), True),
+        (3, 3.0, True),
+        (jax.random.key(0), jax.random.key(0, impl="rbg"), False),
+        (jax.random.key(0), np.zeros(2, np.uint32), False),
+        ("text", 3, False),
+        (3, "text", False),
+        (np.ones(2), np.zeros(2, object), False),
+        (np.ones(2), np.zeros(2, "U3"), False),
+    ],
+)
+def test_cast_is_advised_where_it_helps(tmp_path: Path, saved: Any, wanted: Any, is_convertible: bool) -> None:
+    """And is an error that says so where it does not, rather than objects in place of numbers."""
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"params": {"x": saved}})
+        manager.wait()
+        with pytest.raises(StructureMismatchError) as caught:
+            manager.restore({"params": {"x": wanted}})
+        assert ("`cast=True` converts arrays of another dtype" in str(caught.value)) == is_convertible
+        if is_convertible:
+            assert_same({"params": {"x": wanted}}, manager.restore({"params": {"x": wanted}}, cast=True))
+        else:
+            with pytest.raises(StructureMismatchError, match="only numbers into numbers, and no key"):
+                manager.restore({"params": {"x": wanted}}, cast=True)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "jax", "abstract", "none"])
@@ -287,3 +382,17 @@ def test_init_from_where_there_is_nothing_is_an_error(tmp_path: Path) -> None:
         CheckpointHook(tmp_path / "tuned", init_from=3)
     with pytest.raises(InvalidArgumentError, match='"error" or "keep"'):
         InitFrom("base", missing="none")  # type: ignore[arg-type]
+
+
+def test_a_state_without_params_is_told_which_items_to_name(tmp_path: Path) -> None:
+    """`init_from` means the item `params` unless it says otherwise, as it has to where a state has no such part."""
+    with CheckpointManager(tmp_path / "base") as manager:
+        manager.save(1, {"model": np.ones(2), "step": 1})
+    like = {"model": np.zeros(2), "step": 0}
+    with (
+        CheckpointHook(tmp_path / "tuned", init_from=tmp_path / "base") as hook,
+        pytest.raises(ItemNotFoundError, match=r"no part \['params'\].*InitFrom\('.*base', items=\('model',\)\)"),
+    ):
+        hook.restore(like)
+    for items in (("model",), iter(["model"])):
+        assert_same({"model": np.ones(2), "step": 0}, InitFrom(tmp_path / "base", items=items).fill(like))

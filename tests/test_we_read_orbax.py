@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint.experimental import v1
 
+import ckpt_hooks
 from ckpt_hooks import (
     AsyncCheckpointer,
     BestN,
@@ -503,3 +504,36 @@ def test_what_orbax_never_committed_is_no_step(run: Path) -> None:
         assert ours.latest_step() == 3
         with pytest.raises((CheckpointNotFoundError, ValueError)):
             ours.restore(step=5)
+
+
+# ------------------------------------------------------------------ steps under other names
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"step_prefix": "ckpt"}, "ckpt_7"),
+        ({"step_format_fixed_length": 8}, "00000007"),
+        ({"step_prefix": "m", "step_format_fixed_length": 4}, "m_0007"),
+    ],
+)
+def test_a_run_with_other_names_for_its_steps_is_not_taken_for_an_empty_one(
+    tmp_path: Path, options: dict[str, Any], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error and the log name the newest and the two ways to it; and both work."""
+    tree = make_tree(7)
+    with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(**options)) as manager:
+        for step in (5, 7):
+            manager.save(step, args=ocp.args.StandardSave(make_tree(step)))
+        manager.wait_until_finished()
+    with pytest.raises(CheckpointNotFoundError, match=rf"'{name}'\].*ckpt_hooks.restore\('.*/{name}'\).*rename it"):
+        CheckpointManager(tmp_path).restore(make_tree(0))
+    with CheckpointHook(tmp_path) as hook:
+        hook.restore(make_tree(0))
+    assert hook.start_step == 0
+    assert f"/{name}'" in caplog.text
+    assert typed_bits(ckpt_hooks.restore(tmp_path / name, make_tree(0))) == typed_bits(tree)
+    (tmp_path / name).rename(tmp_path / "7")
+    with CheckpointHook(tmp_path) as hook:
+        assert typed_bits(hook.restore(make_tree(0))) == typed_bits(tree)
+        assert hook.start_step == 7

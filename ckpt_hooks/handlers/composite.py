@@ -45,6 +45,7 @@ from ckpt_hooks.temporary_paths import (
     is_temporary,
 )
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
+from ckpt_hooks.tree import is_it
 
 __all__ = ["CompositeArgs", "CompositeCheckpointHandler", "CompositeOptions", "CompositeResults"]
 
@@ -257,7 +258,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         mismatches: list[StructureMismatchError] = []
         for name, item_args in wanted.items():
             if name not in saved and name not in recorded:
-                raise ItemNotFoundError(f"{directory} has no item {name!r}; there are {saved}")
+                raise ItemNotFoundError(f"{directory} has no item {name!r}; there are {saved}{is_it(name, saved)}")
             if not is_directory(directory / name):
                 raise CorruptCheckpointError(f"{directory / name} is missing: the item was saved")
             if checksums is not None:
@@ -380,7 +381,10 @@ def _stay_out(options: MultiprocessingOptions) -> None:
 
 def _check_item(name: str, args: Any) -> None:
     if not name or "/" in name or name in _TAKEN_NAMES or is_temporary(name):
-        raise InvalidArgumentError(f"{name!r} cannot be an item's name: it names a directory of its own")
+        raise InvalidArgumentError(
+            f"{name!r} cannot be an item's name: it names a directory of its own. Put the "
+            f'state a level deeper, as in {{"params": {{{name!r}: ...}}}}.'
+        )
     if args is None:
         raise InvalidArgumentError(f"item {name!r}: nothing to save was given (None)")
     if not isinstance(args, CheckpointArgs):
