@@ -1139,6 +1139,36 @@ def test_a_background_failure_is_raised_once_and_the_run_goes_on(
     assert manager.steps() == [1, 2]
 
 
+@pytest.fixture
+def in_flight(make: Make, monkeypatch: pytest.MonkeyPatch) -> CheckpointManager:
+    """A manager whose save of step 5 is being written, for a while yet."""
+    manager, fsync, may_end = make(async_save=True), os.fsync, threading.Event()
+
+    def waiting(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread():  # which makes the directory
+            may_end.wait(60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", waiting)
+    save_steps(manager, 5)
+    threading.Timer(0.3, may_end.set).start()
+    return manager
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_step_in_flight_counts(in_flight: CheckpointManager, step: int) -> None:
+    """A save that is not above the one in flight is refused, and does not take the run back."""
+    with pytest.raises(InvalidArgumentError, match="has step 5 already"):
+        save_steps(in_flight, step)
+    assert in_flight.steps() == [5]
+
+
+def test_a_step_in_flight_can_be_deleted(in_flight: CheckpointManager) -> None:
+    """It is waited for, and then removed, rather than not found and committed afterwards."""
+    in_flight.delete(5)
+    assert in_flight.steps() == []
+
+
 def test_close_raises_a_failure_and_unlocks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """close() raises the failure of the last save, and gives the lock back all the same."""
     manager = make(async_save=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import checksums, layout, reader, slices, writer
+from ckpt_hooks.storage.checksums import ArrayChecksums
 from ckpt_hooks.storage.memory import aligned_memory, host_bytes
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.regions import Region, shape_of, slices_of, whole
@@ -25,12 +27,17 @@ from ckpt_hooks.testing import damage
 MIB = 1 << 20
 
 
-def write_chunked(directory: Path, arrays: Mapping[str, tuple[np.ndarray, tuple[int, ...]]], processes: int = 1) -> str:
-    """An item with these arrays, in chunks of these shapes that the processes own in turn."""
+def write_chunked(
+    directory: Path,
+    arrays: Mapping[str, tuple[np.ndarray, tuple[int, ...]]],
+    processes: int = 1,
+    forgotten: tuple[int, ...] | None = None,
+) -> str:
+    """An item with these arrays, in chunks of these shapes that the processes own in turn; one chunk may be lacking."""
     specs, sources = [], [list[Any]() for _ in range(processes)]
     for name, (array, chunk_shape) in arrays.items():
         counts = [-(-n // c) for n, c in zip(array.shape, chunk_shape, strict=True)]
-        grid = tuple(itertools.product(*map(range, counts)))
+        grid = tuple(place for place in itertools.product(*map(range, counts)) if place != forgotten)
         owners = tuple(number * processes // len(grid) for number in range(len(grid)))
         specs.append(layout.ArraySpec(name, array.shape, array.dtype, chunk_shape, grid, owners))
         for position, owner in zip(grid, owners, strict=True):
@@ -170,6 +177,26 @@ def test_what_two_regions_share_is_read_once(tmp_path: Path, reads: Reads) -> No
     for region, part in zip(regions, parts, strict=True):
         np.testing.assert_array_equal(part, array[slices_of(region)])
     assert array.nbytes <= reads.nbytes <= array.nbytes + MIB  # at the seam of the two threads
+
+
+def test_a_chunk_that_the_index_forgot_is_named(tmp_path: Path) -> None:
+    """An array that is not all there is damage, and never zeros in its place."""
+    directory = write_chunked(tmp_path / "i", {"a": (numbers((64, 64)), (32, 64))}, forgotten=(1, 0))
+    database = Database(directory)
+    ((part,),) = database.read_regions({"a": [((0, 32), (0, 64))]}).values()
+    np.testing.assert_array_equal(part, numbers((64, 64))[:32])
+    with pytest.raises(CorruptCheckpointError, match="array 'a' lacks chunk"):
+        database.read(["a"])
+
+
+def test_a_data_file_that_no_table_covers_is_not_read(tmp_path: Path) -> None:
+    """An index of two processes beside the table of one: what cannot be checked is damage."""
+    directory = write_chunked(tmp_path / "i", {"a": (numbers((64, 64)), (32, 64))}, 2)
+    table = tmp_path / "i" / "_ARRAY_CHECKSUMS"
+    alone = dataclasses.replace(ArrayChecksums.decode(table.read_bytes()), num_tables=1)
+    table.write_bytes(alone.encode())
+    with pytest.raises(CorruptCheckpointError, match="which no table knows"):
+        Database(directory).read(["a"])
 
 
 def test_only_what_is_read_is_checked(tmp_path: Path) -> None:
