@@ -38,13 +38,20 @@ class _Arrays(Protocol):
 class SavedTree:
     """The pytree in an item's directory.
 
+    Attributes:
+      leaves: {name: the leaf as it was saved}.
+      custom_metadata: what was saved beside the tree, of which `structure` has its record; None where nothing was.
+
     Raises CheckpointNotFoundError where there is none and CorruptCheckpointError where it is damaged.
     """
+
+    custom_metadata: Any = None
 
     def __init__(self, directory: str, *, verify: bool = True) -> None:
         self._directory = directory
         metadata = self._read_metadata()
         self._records = tree.records_from_json(metadata["tree_metadata"])
+        self.custom_metadata = metadata.get("custom_metadata")
         leaves = [record for record in self._records if record.value_type not in tree.EMPTY_TYPES]
         self._strings = self._read_strings()
         key_impls = self._read_key_impls()

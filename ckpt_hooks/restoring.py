@@ -251,7 +251,7 @@ class _Checkpoint:
         changes = self.changes.within("") if asked is None else self.changes.of_whole_tree(asked)
         if asked is not None and like is not None:
             train_state.parts_of(like, asked)  # raises where there are none, before anything is read
-        restored = self._read_tree(StandardRestoreArgs(like, changes=changes))
+        restored = self._read_tree(StandardRestoreArgs(like, changes=changes, typed=changes.typed))
         if asked is None:
             return restored
         return {name: restored[name] for name in asked} if like is None else train_state.parts_of(restored, asked)
@@ -300,16 +300,14 @@ class _Checkpoint:
         # To the handler None means no target; a target that is None holds as many leaves as an empty tuple.
         target = (() if part is None else part) if with_target else None
         args_cls = OrbaxItemRestoreArgs if of_orbax else StandardRestoreArgs
-        return args_cls(target, changes=self.changes.within(name))
+        return args_cls(target, changes=self.changes.within(name), typed=self.changes.typed and name in self.trees)
 
     def typed(self, restored: Any, *, is_whole: bool) -> Any:
-        """What was restored without a target, in the types that it was saved in."""
-        if self.handler is not None:
-            is_tree = isinstance(self.handler, _TREE_HANDLERS)
-            return structure.typed_item(self.path, restored) if is_tree else restored
-        directories = {name: os.path.join(self.path, name) for name in restored if name in self.trees}
-        parts = {**restored, **{name: structure.typed_item(path, restored[name]) for name, path in directories.items()}}
-        return structure.typed_state(directories.values(), parts) if is_whole else parts
+        """What was restored without a target, in the type that the whole was saved in; its items have theirs."""
+        if self.handler is not None or not is_whole:
+            return restored
+        directories = [os.path.join(self.path, name) for name in restored if name in self.trees]
+        return structure.typed_state(directories, restored)
 
     def restorable(self, objects: Mapping[str, Any]) -> list[str]:
         """What a restore without a target returns: everything but the metrics, which are metadata."""

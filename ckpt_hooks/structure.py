@@ -24,6 +24,7 @@ import numpy as np
 
 from ckpt_hooks import train_state
 from ckpt_hooks.errors import ClassNotFoundError, InvalidArgumentError
+from ckpt_hooks.storage.lookup import is_there
 from ckpt_hooks.tree import METADATA_FILE, key_text
 
 __all__ = ["Unrecorded", "describe", "describe_state", "metadata_of", "typed_item", "typed_state"]
@@ -194,13 +195,13 @@ def _is_named_tuple(kind: type) -> bool:
 # ------------------------------------------------------------------ putting together
 
 
-def typed_item(directory: str, plain: Any) -> Any:
+def typed_item(directory: str, plain: Any, custom_metadata: Any) -> Any:
     """An item that was restored without a target, in the types that it was saved in.
 
-    Raises ClassNotFoundError that lists every class that cannot be imported or has changed, and InvalidArgumentError
-    where no types were recorded.
+    `custom_metadata` is that of its ``_METADATA``, which who restored it has read. Raises ClassNotFoundError that lists
+    every class that cannot be imported or has changed, and InvalidArgumentError where no types were recorded.
     """
-    record = _recorded(directory)["structure"]
+    record = _record_in(custom_metadata, directory)["structure"]
     builder = _Builder(os.path.basename(directory))
     built = builder.build(plain, record, "")
     builder.finish()
@@ -209,7 +210,8 @@ def typed_item(directory: str, plain: Any) -> Any:
 
 def typed_state(directories: Iterable[str], parts: dict[str, Any]) -> Any:
     """The state of these parts, in the type that it was saved in; `directories` are those of its trees."""
-    record = next((_recorded(directory).get("state") for directory in directories), None)
+    smallest = min(directories, key=_metadata_nbytes, default=None)  # all of them have it
+    record = None if smallest is None else _recorded(smallest).get("state")
     if record is None:
         return parts
     if "whole" in record:
@@ -226,6 +228,15 @@ def _recorded(directory: str) -> Record:
             custom = json.loads(file.read()).get("custom_metadata")
     except (FileNotFoundError, NotADirectoryError):  # a file of Flax's, a key of Orbax's
         custom = None
+    return _record_in(custom, directory)
+
+
+def _metadata_nbytes(directory: str) -> int:
+    path = os.path.join(directory, METADATA_FILE)
+    return os.stat(path).st_size if is_there(path) else 0
+
+
+def _record_in(custom: Any, directory: str) -> Record:
     record = custom.get(_KEY) if isinstance(custom, Mapping) else None
     if not isinstance(record, dict):
         raise InvalidArgumentError(

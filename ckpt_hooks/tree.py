@@ -237,9 +237,17 @@ class _Branch(dict[tuple[str, int], Any]):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that somebody who wrote `name` may have meant."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """The candidate that somebody who wrote `name` may have meant.
+
+    >>> nearest("kernal", ["bias", "kernel"]), nearest("w", ["b", "encoder.w"]), nearest("w", ["a.w", "b.w"])
+    ('kernel', 'encoder.w', None)
+    """
+    known = list(candidates)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if matches:
+        return matches[0]
+    deeper = [other for other in known if other.startswith(f"{name}.") or other.endswith(f".{name}")]
+    return deeper[0] if len(deeper) == 1 else None
 
 
 def is_it(name: str, candidates: Iterable[str]) -> str:

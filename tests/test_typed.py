@@ -232,15 +232,13 @@ def test_a_registered_class_of_another_kind_is_an_error(tmp_path: Path) -> None:
         assert_same(state, manager.restore({"f": jax.tree_util.Partial(len, np.zeros(2))}))
 
 
-def test_a_record_is_never_run(tmp_path: Path) -> None:
+def test_a_record_is_never_run() -> None:
     """What is no class is not called, and a class's own code does not run to make an instance."""
-    record = {"type": "os:system"}
-    (tmp_path / "_METADATA").write_text(json.dumps({"custom_metadata": {"ckpt_hooks": {"structure": record}}}))
+    custom = {"ckpt_hooks": {"structure": {"type": "os:system"}}}
     with pytest.raises(ClassNotFoundError, match="it is no class"):
-        structure.typed_item(str(tmp_path), {"command": "touch proof"})
-    record = {"type": "tests.test_typed:Loud"}
-    (tmp_path / "_METADATA").write_text(json.dumps({"custom_metadata": {"ckpt_hooks": {"structure": record}}}))
-    assert structure.typed_item(str(tmp_path), {"x": 1}).x == 1
+        structure.typed_item("item", {"command": "touch proof"}, custom)
+    custom = {"ckpt_hooks": {"structure": {"type": "tests.test_typed:Loud"}}}
+    assert structure.typed_item("item", {"x": 1}, custom).x == 1
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from ckpt_hooks import tree
+from ckpt_hooks import structure, tree
 from ckpt_hooks.changes import EXACT
 from ckpt_hooks.errors import CorruptCheckpointError, InvalidArgumentError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, register_with_handler
@@ -45,6 +45,10 @@ class OrbaxItemHandler(CheckpointHandler):
         args = StandardRestoreArgs() if args is None else args
         saved, key = _open(os.fspath(directory))
         restored = saved.restore(NO_TARGET if args.item is None else args.item, args.changes or EXACT)
+        if args.typed:
+            return structure.typed_item(
+                os.fspath(directory), restored, saved.custom_metadata
+            )  # raises: it has no types
         is_state = args.item is None and key is not None and key.get("legacy") is True
         return tuple(restored) if is_state else restored
 

@@ -151,7 +151,9 @@ class StandardCheckpointHandler(CheckpointHandler):
             saved = open_tree(os.fspath(directory), verify=args.verify)
             changes = args.changes or Changes(cast=args.cast)
             restored = saved.restore(NO_TARGET if args.item is None else args.item, changes)
-        return structure.typed_item(os.fspath(directory), restored) if args.typed else restored
+        if args.typed:
+            return structure.typed_item(os.fspath(directory), restored, saved.custom_metadata)
+        return restored
 
     def metadata(self, directory: epath.Path) -> Any:
         """The tree with a `jax.ShapeDtypeStruct` for each array."""
