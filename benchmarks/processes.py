@@ -15,10 +15,10 @@ from pathlib import Path
 
 from benchmarks import sharded
 from benchmarks.options import Options, empty_directory, parser_of
+from benchmarks.process_groups import Nursery
 from benchmarks.report import Report
 from benchmarks.timing import Series
 from benchmarks.workloads import Workload
-from tests.process_groups import Nursery
 
 __all__ = ["main"]
 

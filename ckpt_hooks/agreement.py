@@ -21,7 +21,7 @@ from ckpt_hooks import events, processes
 from ckpt_hooks.errors import BarrierTimeoutError, CheckpointError, OtherProcessError, ProcessesDisagreeError
 from ckpt_hooks.processes import DEFAULT_BARRIER_TIMEOUT_SECS, MultiprocessingOptions
 
-__all__ = ["OperationBarriers", "Together"]
+__all__ = ["OperationBarriers", "Together", "some_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class OperationBarriers:
         while True:
             failures = processes.published(f"{self._key}/failed/")
             if failures:
-                return _FAILED, _some(list(failures.values()), "; ")
+                return _FAILED, some_of(list(failures.values()), "; ")
             claims = {int(process): said for process, said in processes.published(f"{self._key}/at/{name}/").items()}
             missing = others - claims.keys()
             if not missing:
@@ -209,8 +209,8 @@ class OperationBarriers:
     def _missing(self, name: str, absent: list[int]) -> str:
         return (
             f"{self._timeout_secs:g} s passed at barrier {name!r}, and of {len(self._members)} processes these did not "
-            f"come: [{_some(absent)}]. Look at their logs: they died, hang, or did not make this call. A slower start "
-            "or a larger save needs a longer timeout (`timeout_secs`, or "
+            f"come: [{some_of(absent)}]. Look at their logs: they died, hang, or did not make this call. A slower "
+            "start or a larger save needs a longer timeout (`timeout_secs`, or "
             "`MultiprocessingOptions(barrier_timeout_secs=)`)."
         )
 
@@ -255,12 +255,12 @@ def _dispute(leader: int, claim: str, claims: Mapping[int, str]) -> str:
         mine, theirs = claim.splitlines(), other.splitlines()
         ours = ", ".join(line for line in mine if line not in theirs) or "nothing more"
         others = ", ".join(line for line in theirs if line not in mine) or "nothing more"
-        who = f"process {members[0]}" if len(members) == 1 else f"processes [{_some(members)}]"
+        who = f"process {members[0]}" if len(members) == 1 else f"processes [{some_of(members)}]"
         sentences.append(f"process {leader} has {ours}, but {who} has {others}")
-    return _some(sentences, "; ")
+    return some_of(sentences, "; ")
 
 
-def _some(things: list[int] | list[str], separator: str = ", ") -> str:
+def some_of(things: list[int] | list[str], separator: str = ", ") -> str:
     """The first of them, in one text that fits on a page also where there are thousands."""
     shown = separator.join(map(str, things[:_MAX_NAMED]))
     return shown if len(things) <= _MAX_NAMED else f"{shown}{separator}and {len(things) - _MAX_NAMED} more"

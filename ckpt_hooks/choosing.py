@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from ckpt_hooks import errors, processes
-from ckpt_hooks.agreement import OperationBarriers
+from ckpt_hooks.agreement import OperationBarriers, some_of
 from ckpt_hooks.errors import CheckpointError, NotSharedError
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import Watch
@@ -30,7 +30,6 @@ __all__ = ["is_empty", "read_chosen"]
 
 _MAX_ABSENCES = 10  # of a step that was chosen: each time a writer may have removed it in between
 _PAUSE_SECS = 0.05
-_MAX_NAMED = 20  # processes in a message
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -183,14 +182,14 @@ class _Leader:
                 return self.choose()
             return _error(
                 NotSharedError(
-                    f"step {self._step} is not in {self._run.path} for processes {absent[:_MAX_NAMED]}, but it is for "
+                    f"step {self._step} is not in {self._run.path} for processes [{some_of(absent)}], but it is for "
                     f"process {processes.index()}. Is it the same directory for all of them?"
                 )
             )
         reasons = {p: outcome.removeprefix(_IS_DAMAGED) for p, outcome in said.items() if outcome != _IS_READ}
         if reasons:
-            some = itertools.islice(reasons.items(), _MAX_NAMED)
-            self._rejected[self._step] = "; ".join(f"process {process}: {reason}" for process, reason in some)
+            sentences = [f"process {process}: {reason}" for process, reason in reasons.items()]
+            self._rejected[self._step] = some_of(sentences, "; ")
             return self.choose()
         return json.dumps({"step": self._step, "restored": True, "rejected": self._rejected})
 

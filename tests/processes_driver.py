@@ -1,15 +1,10 @@
-"""What each of several real processes does in `test_processes.py`: all scenarios, one after another.
-
-Prints one line of JSON, {scenario: what this process saw}. A scenario that raises is reported with its error.
-"""
+"""What each of several real processes does in `test_processes.py`: all scenarios, one after another."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ckpt_hooks
 from ckpt_hooks.handlers.composite import CompositeArgs
 from ckpt_hooks.temporary_paths import absolute_path
-
-PROCESS, COUNT, ADDRESS, FOLDER = 0, 1, "", Path()
-if __name__ == "__main__":
-    PROCESS, COUNT, ADDRESS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
 
 def values() -> dict[str, np.ndarray]:
@@ -56,14 +47,14 @@ def is_equal(array: jax.Array, expected: np.ndarray) -> bool:
     return all(np.array_equal(np.asarray(shard.data), expected[shard.index]) for shard in array.addressable_shards)
 
 
-def save_and_restore() -> Any:
+def save_and_restore(folder: Path) -> Any:
     """One checkpoint results, and each process gets its shards back, in another mesh too."""
-    saved = state(mesh_of(COUNT, 2))
+    saved = state(mesh_of(jax.process_count(), 2))
     with ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(FOLDER / "plain", saved)
-        other = state(mesh_of(2, COUNT), more=1.0)
+        checkpointer.save(folder / "plain", saved)
+        other = state(mesh_of(2, jax.process_count()), more=1.0)
         targets = [saved, other]
-        restored = [checkpointer.restore(FOLDER / "plain", target) for target in targets]
+        restored = [checkpointer.restore(folder / "plain", target) for target in targets]
     return [
         is_equal(array[name], expected) and array[name].sharding == target[name].sharding
         for array, target in zip(restored, targets, strict=True)
@@ -71,31 +62,35 @@ def save_and_restore() -> Any:
     ]
 
 
-def save_items_in_background() -> Any:
+def save_items_in_background(folder: Path) -> Any:
     handler = ckpt_hooks.CompositeCheckpointHandler()
     with ckpt_hooks.AsyncCheckpointer(handler, timeout_secs=60) as checkpointer:
-        items: dict[str, Any] = {"params": ckpt_hooks.args.StandardSave(state(mesh_of(2, COUNT)))}
+        items: dict[str, Any] = {"params": ckpt_hooks.args.StandardSave(state(mesh_of(2, jax.process_count())))}
         items["config"] = ckpt_hooks.args.JsonSave({"layers": 3})
-        checkpointer.save(FOLDER / "items", args=CompositeArgs(**items))
+        checkpointer.save(folder / "items", args=CompositeArgs(**items))
         checkpointer.wait_until_finished()
-    return sorted(os.listdir(FOLDER / "items"))
+    return sorted(os.listdir(folder / "items"))
 
 
-def run_of_a_manager() -> Any:
+def run_of_a_manager(folder: Path) -> Any:
     """Saves with retention, a late metric, a refused step, a resume by the hook in another mesh, and a rollback."""
     found: dict[str, Any] = {}
-    with ckpt_hooks.CheckpointManager(FOLDER / "run", keep=2, timeout_secs=60) as manager:
+    with ckpt_hooks.CheckpointManager(folder / "run", keep=2, timeout_secs=60) as manager:
         for step in (1, 2, 3):
-            manager.save(step, {"params": state(mesh_of(COUNT, 2), more=step), "step": step}, metrics={"loss": step})
+            manager.save(
+                step,
+                {"params": state(mesh_of(jax.process_count(), 2), more=step), "step": step},
+                metrics={"loss": step},
+            )
         manager.wait()
         manager.record_metrics(3, {"accuracy": 0.5})
         try:
-            manager.save(2, {"params": state(mesh_of(COUNT, 2)), "step": 2})
+            manager.save(2, {"params": state(mesh_of(jax.process_count(), 2)), "step": 2})
         except Exception as error:
             found["refused"] = f"{type(error).__name__}: {error}"
         found["metrics"] = manager.metadata(3).metrics
-    with ckpt_hooks.CheckpointHook(FOLDER / "run", every_n_steps=2, timeout_secs=60, keep=None) as hook:
-        target = {"params": state(mesh_of(2, COUNT)), "step": 0}
+    with ckpt_hooks.CheckpointHook(folder / "run", every_n_steps=2, timeout_secs=60, keep=None) as hook:
+        target = {"params": state(mesh_of(2, jax.process_count())), "step": 0}
         restored = hook.restore(target)
         found["resumed"] = hook.start_step, restored["step"]
         expected = {name: value + np.float32(3) for name, value in values().items()}
@@ -107,58 +102,61 @@ def run_of_a_manager() -> Any:
     return found
 
 
-def other_step() -> Any:
+def other_step(folder: Path) -> Any:
     """The last process is one step behind."""
-    with ckpt_hooks.CheckpointManager(FOLDER / "behind", timeout_secs=60) as manager:
-        manager.save(8 if PROCESS < COUNT - 1 else 7, {"params": state(mesh_of(COUNT, 2))})
+    with ckpt_hooks.CheckpointManager(folder / "behind", timeout_secs=60) as manager:
+        manager.save(
+            8 if jax.process_index() < jax.process_count() - 1 else 7,
+            {"params": state(mesh_of(jax.process_count(), 2))},
+        )
         manager.wait()
 
 
-def other_structure() -> Any:
+def other_structure(folder: Path) -> Any:
     """The last process has a leaf more."""
-    saved = state(mesh_of(COUNT, 2))
-    if PROCESS == COUNT - 1:
+    saved = state(mesh_of(jax.process_count(), 2))
+    if jax.process_index() == jax.process_count() - 1:
         saved["more"] = saved["bias"]
     with ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(FOLDER / "disagreed", saved)
+        checkpointer.save(folder / "disagreed", saved)
 
 
-def failing_process() -> Any:
+def failing_process(folder: Path) -> Any:
     """The last process cannot write its data file: all others are told at once."""
     handler = ckpt_hooks.StandardCheckpointHandler()
     start_secs = time.monotonic()
     with ckpt_hooks.AsyncCheckpointer(handler, timeout_secs=60) as checkpointer:
-        if PROCESS == COUNT - 1:
-            staged = checkpointer.stage(ckpt_hooks.args.StandardSave(state(mesh_of(COUNT, 2))))
+        if jax.process_index() == jax.process_count() - 1:
+            staged = checkpointer.stage(ckpt_hooks.args.StandardSave(state(mesh_of(jax.process_count(), 2))))
 
             def fail(directory: Any) -> None:
                 raise OSError(5, "the disk of the last process failed", str(directory))
 
             broken = dataclasses.replace(staged, write=fail)
-            checkpointer.save_args(absolute_path(FOLDER / "failed"), broken)
+            checkpointer.save_args(absolute_path(folder / "failed"), broken)
         else:
-            checkpointer.save(FOLDER / "failed", state(mesh_of(COUNT, 2)))
+            checkpointer.save(folder / "failed", state(mesh_of(jax.process_count(), 2)))
         try:
             checkpointer.wait_until_finished()
         finally:
             assert time.monotonic() - start_secs < 20, "the others waited for the timeout"
 
 
-def absent_process() -> Any:
+def absent_process(folder: Path) -> Any:
     """The last process does not come."""
-    if PROCESS == COUNT - 1:
+    if jax.process_index() == jax.process_count() - 1:
         return None
     with ckpt_hooks.AsyncCheckpointer(ckpt_hooks.StandardCheckpointHandler(), timeout_secs=2) as checkpointer:
-        checkpointer.save(FOLDER / "absent", state(mesh_of(COUNT, 2)))
+        checkpointer.save(folder / "absent", state(mesh_of(jax.process_count(), 2)))
     return None
 
 
-def preemption() -> Any:
+def preemption(folder: Path) -> Any:
     """SIGTERM reaches one process only; all train until the hook says that it is time to leave."""
-    with ckpt_hooks.CheckpointHook(FOLDER / "preempted", every_n_steps=10_000, timeout_secs=60) as hook:
-        saved = {"params": state(mesh_of(COUNT, 2))}
+    with ckpt_hooks.CheckpointHook(folder / "preempted", every_n_steps=10_000, timeout_secs=60) as hook:
+        saved = {"params": state(mesh_of(jax.process_count(), 2))}
         for step in range(1, 600):
-            if step == 3 and PROCESS == COUNT - 1:
+            if step == 3 and jax.process_index() == jax.process_count() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             try:
                 hook(step, saved)
@@ -180,16 +178,12 @@ SCENARIOS = [
 ]
 
 
-def main() -> None:
-    jax.distributed.initialize(ADDRESS, COUNT, PROCESS, coordinator_bind_address=ADDRESS)
+def run(folder: Path) -> dict[str, Any]:
+    """{scenario: what this process saw}; of one that raises, its error."""
     report: dict[str, Any] = {}
     for scenario in SCENARIOS:
         try:
-            report[scenario.__name__] = scenario()
+            report[scenario.__name__] = scenario(folder)
         except Exception as error:
             report[scenario.__name__] = f"{type(error).__name__}: {error}"
-    (FOLDER / f"report_{PROCESS}.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
+    return report

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +11,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ckpt_hooks
+from benchmarks.process_groups import Nursery
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.checksums import array_problems
 from ckpt_hooks.testing import damage
+from tests import processes_driver
 from tests.processes_driver import values
 
 pytestmark = pytest.mark.processes
-
-_DRIVER = Path(__file__).with_name("processes_driver.py")
-_TIMEOUT_SECS = 150
 
 
 class Group(NamedTuple):
@@ -40,23 +35,11 @@ class Group(NamedTuple):
 @pytest.fixture(scope="module", params=[2, 4])
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Group:
     """Started once, for all tests."""
-    count, folder = request.param, tmp_path_factory.mktemp("processes")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, str(_DRIVER)]
-    running = [
-        subprocess.Popen([*command, str(number), str(count), address, str(folder)], env=os.environ | flags)
-        for number in range(count)
-    ]
-    try:
-        codes = [process.wait(timeout=_TIMEOUT_SECS) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert codes == [0] * count
-    return Group([json.loads((folder / f"report_{number}.json").read_text()) for number in range(count)], folder)
+    folder = tmp_path_factory.mktemp("processes")
+    with Nursery() as nursery:
+        ended = nursery.run_group(processes_driver.run, folder, request.param)
+    assert [process.code for process in ended] == [0] * request.param, [process.log for process in ended]
+    return Group([process.report for process in ended], folder)
 
 
 def test_every_process_gets_its_shards_back_in_the_same_mesh_and_in_another(group: Group) -> None:

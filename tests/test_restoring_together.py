@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import ckpt_hooks
+from benchmarks.process_groups import DEVICES_PER_PROCESS, Nursery
 from tests import restoring_together as scenarios
-from tests.process_groups import DEVICES_PER_PROCESS, Nursery
 
 pytestmark = pytest.mark.processes
 

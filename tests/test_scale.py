@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.process_groups import DEVICES_PER_PROCESS, Nursery
 from benchmarks.scale import restored, saved
 from tests import scale_driver
-from tests.process_groups import DEVICES_PER_PROCESS, Nursery
 
 pytestmark = pytest.mark.processes
 

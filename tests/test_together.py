@@ -13,10 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from benchmarks.process_groups import Nursery
 from ckpt_hooks import CheckpointManager, MultiprocessingOptions
 from ckpt_hooks.testing import damage
 from tests import together
-from tests.process_groups import Nursery
 
 pytestmark = pytest.mark.processes
 
