@@ -46,9 +46,9 @@ def write_chunked(
             part = array[cut]
             chunk[tuple(slice(n) for n in part.shape)] = part
             sources[owner].append(host_bytes(chunk))
-    plan = layout.Layout(specs, processes)
     (directory / "d").mkdir(parents=True)
     for process in range(processes):
+        plan = layout.Layout(specs, processes, only=process)  # as each process makes it, by itself
         files = writer.ArrayWriter(plan, process, writer.Sources(sources[process])).write(str(directory))
         for name, content in files.items():
             (directory / name).write_bytes(content)

@@ -229,7 +229,8 @@ class Plan:
         self._has_only_buffers = all(leaf.is_buffer for leaf in self._leaves)
         arrays = [leaf.array for leaf in self._leaves if leaf.array]
         part = writers.indexes[0] if writers.is_local else None
-        self.layout = Layout(arrays, len(writers.indexes), inlines=not compresses, part_of_process=part)
+        rank = writers.ranks.get(processes.index(), 0)
+        self.layout = Layout(arrays, len(writers.indexes), inlines=not compresses, part_of_process=part, only=rank)
         # A part of a state that is None, and Python's complex numbers: what Orbax's StandardCheckpointHandler
         # refuses to restore, its other one does.
         is_none = [leaf.keys for leaf in named if leaf.is_empty and tree.empty_type(leaf.value) == "None"] == [()]

@@ -1,6 +1,6 @@
 """Where every chunk of a structure goes: offsets, blocks, zarr metadata and index nodes, made once and reused.
 
-A layout depends only on names, shapes, dtypes and shardings. It is the same in every process, so that each
+A layout depends only on names, shapes, dtypes and shardings. Its places are the same in every process, so that each
 writes its own data file and process 0 writes one index over all of them without asking anybody.
 
 The data file of process p is ``d/<p as 32 hex digits>``: the chunks that p owns, each at a multiple of 64 bytes
@@ -14,10 +14,12 @@ constants. A block says which of them, by their numbers, make one write.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,24 +71,38 @@ class ArraySpec:
         """A key of this array in the database."""
         return array_key(self.name, suffix)
 
-    def chunk_key(self, number: int) -> bytes:
-        """The key of one of its chunks."""
-        return self.key(".".join(map(str, self.grid[number])) or "0")
+    def chunk_keys(self) -> list[bytes]:
+        """The keys of its chunks."""
+        stem = self.key("")
+        return [stem + suffix for suffix in _suffixes(self.grid)]
 
     def metadata(self, compressor: dict[str, Any] | None = None) -> bytes:
         """The array's ``.zarray`` (zarr v2)."""
-        fields = {
-            "chunks": list(self.chunk_shape),
-            "compressor": compressor,
-            "dimension_separator": ".",
-            "dtype": zarr_dtype(self.dtype),
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "shape": list(self.shape),
-            "zarr_format": 2,
-        }
-        return json.dumps(fields, separators=(",", ":")).encode()
+        return _zarray(self.shape, self.chunk_shape, self.dtype, json.dumps(compressor, separators=(",", ":")))
+
+
+# Most arrays of a state are like many others, and what they have in common is made once.
+
+
+@functools.lru_cache(maxsize=4096)
+def _suffixes(grid: tuple[tuple[int, ...], ...]) -> list[bytes]:
+    return [(".".join(map(str, position)) or "0").encode() for position in grid]
+
+
+@functools.lru_cache(maxsize=4096)
+def _zarray(shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype, compressor: str) -> bytes:
+    fields = {
+        "chunks": list(chunk_shape),
+        "compressor": json.loads(compressor),
+        "dimension_separator": ".",
+        "dtype": zarr_dtype(dtype),
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": list(shape),
+        "zarr_format": 2,
+    }
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def zarr_dtype(dtype: np.dtype) -> str:
@@ -153,7 +169,7 @@ class DataFile:
 
     def add(self, source: int, nbytes: int) -> int:
         """The place of a source, the next one or a later one."""
-        offset = self._aligned(nbytes)
+        offset = self.reserve(nbytes)
         if nbytes <= SMALL_CHUNK_BYTES:
             self._join(source, offset, nbytes)
             return offset
@@ -164,7 +180,7 @@ class DataFile:
 
     def add_node(self, nbytes: int, parts: Iterable[bytes | int]) -> int:
         """The place of a node of the index: constants, and the sources that stand in it."""
-        offset = self._aligned(nbytes)
+        offset = self.reserve(nbytes)
         self._joined = None
         numbers = []
         for part in parts:
@@ -178,7 +194,8 @@ class DataFile:
         """What is added from here on stands in other blocks."""
         self._joined = None
 
-    def _aligned(self, nbytes: int) -> int:
+    def reserve(self, nbytes: int) -> int:
+        """A place of this size, whose writing is not laid out here."""
         offset = -(-self.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         self.nbytes = offset + nbytes
         return offset
@@ -208,8 +225,7 @@ class DataFile:
 # ------------------------------------------------------------------ a structure
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a value of the index is: in a data file, or, where `offset` is None, inline, as a source."""
 
     nbytes: int
@@ -224,6 +240,8 @@ class Layout:
     Args:
       inlines: whether small chunks stand in the index; they cannot where their bytes, compressed, are not known yet.
       part_of_process: whose part of a state this is, where each process stores its own; None for a whole state.
+      only: the process whose writes are laid out, the index among those of process 0; of the others only the places are
+        found, which that index needs. None for all.
 
     Attributes:
       arrays: what is stored.
@@ -239,21 +257,28 @@ class Layout:
         *,
         inlines: bool = True,
         part_of_process: int | None = None,
+        only: int | None = None,
     ) -> None:
         self.arrays = arrays
         self.part_of_process = part_of_process
         self.files = [DataFile(process) for process in range(num_processes)]
         self.chunk_nbytes: list[list[int]] = [[] for _ in range(num_processes)]
+        self._only = only
         self._inline_nbytes = ocdbt.MAX_INLINE_VALUE_BYTES if inlines else 0
-        places = [self._place(owner, array.chunk_nbytes) for array in arrays for owner in array.owners]
-        self.manifest = add_index(self.files[0], arrays, places) if inlines else b""
+        places = []
+        for array in arrays:
+            nbytes = array.chunk_nbytes
+            places += [self._place(owner, nbytes) for owner in array.owners]
+        self.manifest = add_index(self.files[0], arrays, places) if inlines and not only else b""
 
     def _place(self, owner: int, nbytes: int) -> Place:
         source = len(self.chunk_nbytes[owner])
         self.chunk_nbytes[owner].append(nbytes)
         if owner == 0 and nbytes <= self._inline_nbytes:
             return Place(nbytes, owner, source, None)
-        return Place(nbytes, owner, source, self.files[owner].add(source, nbytes))
+        file = self.files[owner]
+        is_laid_out = self._only is None or self._only == owner
+        return Place(nbytes, owner, source, file.add(source, nbytes) if is_laid_out else file.reserve(nbytes))
 
 
 # ------------------------------------------------------------------ the index
@@ -269,8 +294,8 @@ def add_index(
     values: list[_Value] = []
     for array in arrays:
         values.append((array.key(".zarray"), array.metadata(compressor)))
-        values += [(array.chunk_key(number), next(remaining)) for number in range(len(array.grid))]
-    values.sort(key=lambda value: value[0])
+        values += zip(array.chunk_keys(), remaining, strict=False)
+    values.sort(key=operator.itemgetter(0))
     return ocdbt.manifest_template(_add_tree(file, values))
 
 
