@@ -44,11 +44,12 @@ def test_a_long_run_leaves_nothing_in_the_coordination_service(nursery: Nursery,
 
 
 def test_barrier_timeout_secs_bounds_every_barrier_and_the_missing_are_named(nursery: Nursery, tmp_path: Path) -> None:
-    """In the foreground and in the background."""
+    """In the foreground and in the background, and at the restore with which a run begins."""
     *others, last = nursery.run_group(together.absent, tmp_path, 4)
     assert last.code == 0, last.log
     for process in others:
         assert process.code == 0, process.log
+        assert len(process.report) == 3
         for text, secs in process.report:
             assert text.startswith("BarrierTimeoutError"), text
             assert "[3]" in text and "barrier_timeout_secs" in text

@@ -111,6 +111,8 @@ def absent(folder: Path) -> Any:
             folder / "run", async_save=async_save, timeout_secs=60, multiprocessing_options=options
         ) as manager:
             reports.append(error_of(lambda: manager.save(1, state_at(1))))
+    with ckpt_hooks.CheckpointHook(folder / "run", timeout_secs=60, multiprocessing_options=options) as hook:
+        reports.append(error_of(lambda: hook.restore(state_at(0))))  # with which a run begins
     wait_for_all("over")
     return reports
 
