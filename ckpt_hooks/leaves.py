@@ -96,6 +96,11 @@ def is_prng_key(value: Any) -> bool:
 
 def describe_leaf(name: str, leaf: Any, writers: Writers = ALONE) -> LeafPlan:
     """Raises UnsupportedLeafError, naming the leaf, for what no checkpoint can hold, or not one of these writers."""
+    if isinstance(leaf, jax.core.Tracer):
+        raise UnsupportedLeafError(
+            f"{name or 'the state'}: in a function that JAX traces (jit, grad, scan) there are no values to save; "
+            "save what the function returns."
+        )
     if isinstance(leaf, jax.Array):
         return _describe_jax_array(name, leaf, writers)
     if isinstance(leaf, np.ma.MaskedArray):

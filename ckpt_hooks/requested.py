@@ -82,6 +82,7 @@ def _check_shardings(like: Any) -> None:
         try:
             if leaf.sharding is not None:
                 leaf.sharding.shard_shape(leaf.shape)
+                _ = leaf.sharding.device_set  # which an abstract mesh has not
         except (TypeError, ValueError) as error:
             path, _ = jax.tree_util.tree_leaves_with_path(like)[number]
             name = "/".join(map(tree.key_text, path)) or "the state"

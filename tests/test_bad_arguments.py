@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from ckpt_hooks.errors import (
     CorruptCheckpointError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
+    UnsupportedLeafError,
 )
 from ckpt_hooks.testing import assert_same
 from tests.stateful import Counter
@@ -293,3 +295,32 @@ def test_a_mistake_of_the_caller_rejects_no_checkpoint(
         manager.restore(**options)
     assert not caplog.records
     assert manager.steps() == [10, 20]
+
+
+# ------------------------------------------------------------------ what has no values
+
+
+def test_a_hook_inside_of_a_traced_function_is_told_by_the_leaf(tmp_path: Path) -> None:
+    """There are no values yet, whichever leaves are traced; nothing is written."""
+    with CheckpointHook(tmp_path / "run", every_n_steps=1) as hook:
+
+        @jax.jit
+        def step(w: jax.Array) -> jax.Array:
+            hook(1, {"params": {"w": w, "b": np.ones(2)}})
+            return w
+
+        with pytest.raises(UnsupportedLeafError, match=r"w: in a function that JAX traces.*save what"):
+            step(jnp.ones(3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_abstract_mesh_in_a_target_is_told_by_the_leaf(tmp_path: Path) -> None:
+    """It has no devices to go to, which is no fault of the checkpoint."""
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"params": {"w": np.ones(4, np.float32)}})
+        manager.wait()
+        mesh = jax.sharding.AbstractMesh((1,), ("x",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        like = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding)}}
+        with pytest.raises(InvalidArgumentError, match="params/w cannot be sharded so"):
+            manager.restore(like)

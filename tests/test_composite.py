@@ -408,7 +408,9 @@ def test_finalize_without_items() -> None:
         CompositeCheckpointHandler().finalize(epath.Path("/nowhere"))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a.orbax-checkpoint-tmp"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "a.orbax-checkpoint-tmp", "a\0b", "x" * 240, "ü" * 120, "\ud800"]
+)
 def test_name_that_is_no_directory_of_its_own(tmp_path: Path, name: str) -> None:
     """A name that would leave the checkpoint, or pass for something temporary, is a ValueError."""
     with pytest.raises(ValueError, match="cannot be an item's name"):

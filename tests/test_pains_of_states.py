@@ -1,4 +1,7 @@
-"""States that cost users days elsewhere: each shown with Orbax 0.12.8, and what one argument of ours does about it."""
+"""States that cost users days elsewhere: each shown with Orbax 0.12.8, and what one argument of ours does about it.
+
+Names that collide, targets that do not fit, zero-size and bare arrays, fewer devices: test_where_orbax_fails.py.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from ckpt_hooks.metadata import METADATA_FILE, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 from ckpt_hooks.storage.checksums import FileChecksums
-from ckpt_hooks.storage.commit import COMMIT_MARKER
+from ckpt_hooks.storage.commit import COMMIT_MARKER, TMP_SUFFIX
 from ckpt_hooks.storage.lookup import is_directory
 from ckpt_hooks.temporary_paths import (
     FileOptions,
@@ -50,6 +50,7 @@ from ckpt_hooks.tree import is_it
 __all__ = ["CompositeArgs", "CompositeCheckpointHandler", "CompositeOptions", "CompositeResults"]
 
 _TAKEN_NAMES = frozenset({".", "..", METADATA_FILE, CHECKSUMS_FILE, COMMIT_MARKER, TREE_METADATA_FILE})
+_MAX_NAME_NBYTES = 255 - len(TMP_SUFFIX)  # in most file systems, with what is behind it until the commit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -380,10 +381,12 @@ def _stay_out(options: MultiprocessingOptions) -> None:
 
 
 def _check_item(name: str, args: Any) -> None:
-    if not name or "/" in name or name in _TAKEN_NAMES or is_temporary(name):
+    if not _can_name_a_directory(name):
+        shown = name if len(name) <= _MAX_NAME_NBYTES else f"{name[:20]}..."
         raise InvalidArgumentError(
-            f"{name!r} cannot be an item's name: it names a directory of its own. Put the "
-            f'state a level deeper, as in {{"params": {{{name!r}: ...}}}}.'
+            f"{shown!r} cannot be an item's name, which names a directory: at most {_MAX_NAME_NBYTES} bytes without a "
+            "slash, and none of a checkpoint's own files. Put the state a level deeper, as in "
+            f'{{"params": {{{shown!r}: ...}}}}.'
         )
     if args is None:
         raise InvalidArgumentError(f"item {name!r}: nothing to save was given (None)")
@@ -391,6 +394,15 @@ def _check_item(name: str, args: Any) -> None:
         raise InvalidArgumentTypeError(
             f"item {name!r}: wrap the value in an args class, such as args.StandardSave(x); got {type(args)}"
         )
+
+
+def _can_name_a_directory(name: str) -> bool:
+    if not name or "/" in name or "\0" in name or name in _TAKEN_NAMES or is_temporary(name):
+        return False
+    try:
+        return len(os.fsencode(name)) <= _MAX_NAME_NBYTES
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def _present_items(directory: epath.Path, recorded: Mapping[str, str], checksums: FileChecksums | None) -> list[str]:

@@ -325,7 +325,7 @@ _array_signature = operator.attrgetter("shape", "dtype", "sharding")
 
 
 def _signature(leaf: Any) -> Hashable:
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
         return leaf.shape, leaf.dtype, leaf.sharding
     return type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
 
