@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from flax.training.train_state import TrainState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpt_hooks import CheckpointManager
+from ckpt_hooks import CheckpointHook, CheckpointManager
 from ckpt_hooks.testing import assert_same, zoo
 from ckpt_hooks.tree import flatten
 from tests.sameness import bits
@@ -42,6 +44,8 @@ def brought_by_users() -> list[Any]:
     trees: list[Any] = [optimizer.init(params) for optimizer in optimizers]
     trees.append(freeze({"params": params, "none": {}}))
     trees.append(TrainState.create(apply_fn=len, params=params, tx=optimizers[0]))
+    trees.append(eqx.nn.GRUCell(2, 3, key=jax.random.key(0)))
+    trees.append({"weak": jnp.full((2, 3), 0.5), "strong": jnp.full((2, 3), 0.5, jnp.float32)})
     trees.append(nnx.to_pure_dict(nnx.state(nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Rngs(1)]))))
     return trees
 
@@ -98,3 +102,85 @@ def test_every_way_back_gives_the_same(tmp_path_factory: pytest.TempPathFactory,
         for name, part in state.items():
             if can_be_read_by_orbax(part):
                 assert shown(theirs.restore(directory / "1" / name)) == shown(part)
+
+
+# ------------------------------------------------------------------ objects that are updated in place
+
+
+def make_trained(seed: int) -> dict[str, Any]:
+    """A model and its optimizer, which share all parameters."""
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(seed)), nnx.BatchNorm(3, rngs=nnx.Rngs(seed)))
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(lambda array: array + seed, nnx.state(model, nnx.Param)))
+    return {"model": model, "optimizer": optimizer}
+
+
+ADAM = optax.adam(0.1)  # once, since a TrainState differs from one with other functions
+MADE_FROM_SEEDS: list[Callable[[int], Any]] = [
+    make_trained,
+    lambda seed: nnx.Dropout(0.5, rngs=nnx.Rngs(seed)),
+    lambda seed: nnx.Rngs(seed, dropout=seed + 1),
+    lambda seed: nnx.Param(jnp.full(2, float(seed))),
+    lambda seed: nnx.List([nnx.Linear(1, 1, rngs=nnx.Rngs(seed + number)) for number in range(11)]),
+    lambda seed: eqx.nn.MLP(1, 1, 2, 1, key=jax.random.key(seed)),
+    lambda seed: TrainState.create(apply_fn=len, params={"w": jnp.full(2, float(seed))}, tx=ADAM),
+    lambda seed: {"step": seed, "key": jax.random.key(seed), "name": str(seed)},
+]
+
+
+def made_from_seeds() -> Any:
+    """Functions of a seed, whose states hold objects, nested at random."""
+
+    def dicts(children: dict[str, Callable[[int], Any]]) -> Callable[[int], Any]:
+        return lambda seed: {name: child(seed) for name, child in children.items()}
+
+    def lists(children: list[Callable[[int], Any]]) -> Callable[[int], Any]:
+        return lambda seed: [child(seed) for child in children]
+
+    names = st.sampled_from(["a", "b.c", "d/e"])
+    nested = st.recursive(
+        st.sampled_from(MADE_FROM_SEEDS),
+        lambda inner: (
+            st.dictionaries(names, inner, min_size=1, max_size=2).map(dicts)
+            | st.lists(inner, min_size=1, max_size=2).map(lists)
+        ),
+        max_leaves=4,
+    )
+    return st.dictionaries(st.sampled_from(["params", "rest"]), nested, min_size=1).map(dicts)
+
+
+def is_object(node: Any) -> bool:
+    return isinstance(node, nnx.Module | nnx.Optimizer | nnx.Rngs | nnx.Variable)
+
+
+def plain(state: Any) -> Any:
+    """What is in the objects, in their places."""
+
+    def of(node: Any) -> Any:
+        if isinstance(node, nnx.Variable):
+            return node[...]
+        return nnx.to_pure_dict(nnx.state(node)) if is_object(node) else node
+
+    arrays, _ = eqx.partition(jax.tree.map(of, state, is_leaf=is_object), lambda leaf: not callable(leaf))
+    return arrays
+
+
+def objects_in(state: Any) -> list[Any]:
+    return [node for node in jax.tree.leaves(state, is_leaf=is_object) if is_object(node)]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(make=made_from_seeds())
+def test_objects_anywhere_come_back_in_place(
+    tmp_path_factory: pytest.TempPathFactory, make: Callable[[int], Any]
+) -> None:
+    """The objects that are given hold what was saved and are returned; and where none is given, new ones do."""
+    directory = tmp_path_factory.mktemp("run")
+    like = make(2)
+    with CheckpointManager(directory, async_save=False) as manager:
+        manager.save(1, make(1))
+        restored = manager.restore(like)
+    assert all(found is given for found, given in zip(objects_in(restored), objects_in(like), strict=True))
+    assert_same(plain(make(1)), plain(restored))
+    with CheckpointHook(directory) as hook:
+        assert_same(plain(make(1)), plain(hook.restore_or_init(make, 3)))
