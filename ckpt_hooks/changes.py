@@ -207,7 +207,7 @@ class Changes:
             used.add(longest)
             renamed.append(name if longest is None else self.rename[longest] + name[len(longest) :])
         for old in self.rename.keys() - used:
-            meant = tree.nearest(old, map(_dotted, names))
+            meant = tree.nearest(old, _places(names))
             hint = f"; is it {self.path(meant)!r}?" if meant else ""
             raise InvalidArgumentError(f"rename=: nothing is saved at {self.path(old)!r}{hint}")
         return renamed
@@ -221,7 +221,7 @@ class Changes:
         known = list(names)
         for pattern in self.only:
             if not any(_matches(name, pattern) for name in known):
-                meant = tree.nearest(pattern, map(_dotted, known))
+                meant = tree.nearest(pattern, _places(known))
                 hint = f"; is it {self.path(meant)!r}?" if meant else f"; there are {len(known)} leaves"
                 raise ItemNotFoundError(f"items=: nothing is saved at {self.path(pattern)!r}{hint}")
 
@@ -234,7 +234,7 @@ class Changes:
                 paths = ", ".join(map(self.path, empty))
                 raise StructureMismatchError(
                     f'missing="keep": {paths} was not saved, and is a jax.ShapeDtypeStruct in `like`, which has no '
-                    "value to keep. Give an array there."
+                    "value to keep. Give an array there; instead of restore_or_init(f), that is restore(f())."
                 )
             chosen = {name: leaf for name, leaf in chosen.items() if name in saved}
         if isinstance(self.cast, np.dtype):
@@ -256,6 +256,15 @@ def _name(path: str, begin: str) -> str:
 
 def _dotted(name: str) -> str:
     return name.replace("/", ".")
+
+
+def _places(names: Iterable[str]) -> list[str]:
+    """Where something is saved: the leaves and what they are in."""
+    places: dict[str, None] = {}
+    for name in names:
+        keys = _dotted(name).split(".")
+        places |= dict.fromkeys(".".join(keys[:count]) for count in range(1, len(keys) + 1))
+    return list(places)
 
 
 def _without_end(path: Any) -> Any:

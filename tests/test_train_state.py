@@ -400,9 +400,8 @@ def test_every_leaf_comes_back(round_trip: RoundTrip, name: str) -> None:
 )
 def test_a_leaf_that_cannot_be_saved_is_refused_by_path(manager: CheckpointManager, leaf: Any, message: str) -> None:
     """A leaf that no checkpoint can hold is named by its path and kind, and nothing is written."""
-    with pytest.raises(UnsupportedLeafError, match=message.replace("part.a.leaf", r"a\.leaf")) as error:
+    with pytest.raises(UnsupportedLeafError, match=message.replace("part.a.leaf", r"item 'part': a\.leaf")):
         manager.save(1, {"part": {"a": {"leaf": leaf, "fine": np.ones(2)}}})
-    assert any("'part'" in note for note in error.value.__notes__)
     assert not manager.directory.exists()
 
 

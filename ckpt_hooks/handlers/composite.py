@@ -18,6 +18,7 @@ from ckpt_hooks.errors import (
     InvalidArgumentTypeError,
     ItemNotFoundError,
     StructureMismatchError,
+    UnsupportedLeafError,
 )
 from ckpt_hooks.handlers.base import (
     CheckpointArgs,
@@ -181,6 +182,8 @@ class CompositeCheckpointHandler(CheckpointHandler):
             try:
                 staged[name] = handler.stage(item_args)
             except Exception as error:
+                if isinstance(error, UnsupportedLeafError):  # by its whole path, also where only the text is logged
+                    error.args = (f"item {name!r}: {error}",)
                 error.add_note(f"while taking item {name!r}")
                 raise
         begin = functools.partial(self._begin_items, staged)
