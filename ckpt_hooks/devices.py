@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +20,12 @@ import numpy as np
 __all__ = ["put_bound", "put_free", "weakly_typed"]
 
 
-def put_free(arrays: Sequence[Any]) -> list[jax.Array]:
-    """Arrays on the default device, free to be moved by what they are used with."""
-    if not _is_fast(arrays):
-        return list(jax.device_put(list(arrays)))
+def put_free(arrays: Sequence[Any], weak: Sequence[bool] = ()) -> list[jax.Array]:
+    """Arrays on the default device, free to be moved by what they are used with; `weak` as in `weakly_typed`."""
+    if not _is_fast(arrays, weak):
+        return _weakened(jax.device_put(list(arrays)), weak)
     sharding = jax.sharding.SingleDeviceSharding(_default_device())
-    return _fast_put(arrays, [sharding] * len(arrays), committed=False)
+    return _weakened(_fast_put(arrays, [sharding] * len(arrays), weak, committed=False), weak)
 
 
 def _default_device() -> jax.Device:
@@ -37,28 +38,38 @@ def _default_device() -> jax.Device:
     return device
 
 
-def put_bound(arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
-    """Arrays with these shardings, bound to their devices."""
+def put_bound(
+    arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding], weak: Sequence[bool] = ()
+) -> list[jax.Array]:
+    """Arrays with these shardings, bound to their devices; `weak` as in `weakly_typed`."""
     if not arrays:
         return []
     single = all(isinstance(sharding, jax.sharding.SingleDeviceSharding) for sharding in shardings)
-    if not single or not _is_fast(arrays):
-        return list(jax.device_put(list(arrays), list(shardings)))
-    return _fast_put(arrays, shardings, committed=True)
+    if not single or not _is_fast(arrays, weak):
+        return _weakened(jax.device_put(list(arrays), list(shardings)), weak)
+    return _weakened(_fast_put(arrays, shardings, weak, committed=True), weak)
+
+
+def _weakened(arrays: Sequence[jax.Array], weak: Sequence[bool]) -> list[jax.Array]:
+    if not any(weak):
+        return list(arrays)
+    return [weakly_typed(array) if is_weak else array for array, is_weak in zip(arrays, weak, strict=True)]
 
 
 def weakly_typed(array: jax.Array) -> jax.Array:
     """The array where it is, with the type that `jnp.full(shape, 0.5)` has; itself where its dtype has no weak one.
 
-    A weakly typed array promotes differently (w32 * bf16 is bf16), so a run would not go on as it was without.
+    A weakly typed array promotes differently (w32 * bf16 is bf16), so a run would not go on as it was without. It is
+    a copy, where it was not put there with this type.
     """
-    if array.weak_type or jnp.asarray(_zero_like(array)).dtype != array.dtype:
+    if array.weak_type or not _has_weak_type(array.dtype):
         return array
     if array.ndim == 0:  # as most are: quicker
         weak = jnp.asarray(array.item())
         return put_bound([weak], [array.sharding])[0] if array.committed else weak
     if not array.committed:
-        return _weak_copy(array)
+        free: jax.Array = jax.jit(_weak_copy)(array)
+        return free
     sharding = _without_axis_types(array.sharding)
     copied: jax.Array = jax.jit(_weak_copy, out_shardings=sharding)(jax.device_put(array, sharding))
     placed: jax.Array = jax.device_put(copied, array.sharding)
@@ -67,11 +78,12 @@ def weakly_typed(array: jax.Array) -> jax.Array:
 
 def _weak_copy(array: jax.Array) -> jax.Array:
     # Nothing public makes data weak, but a Python number is, and an array that is written into stays as it was made.
-    return jnp.full(array.shape, _zero_like(array)).at[...].set(array)
+    return jnp.full(array.shape, np.zeros((), array.dtype).item()).at[...].set(array)
 
 
-def _zero_like(array: jax.Array) -> Any:
-    return np.zeros((), array.dtype).item()
+def _has_weak_type(dtype: Any) -> bool:
+    kind = type(np.zeros((), dtype).item())
+    return kind in (int, float, complex) and jax.dtypes.canonicalize_dtype(kind) == dtype
 
 
 def _without_axis_types(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
@@ -82,29 +94,32 @@ def _without_axis_types(sharding: jax.sharding.Sharding) -> jax.sharding.Shardin
     return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def _is_fast(arrays: Sequence[Any]) -> bool:
-    # For a single array, the test takes longer than it saves.
-    return (len(arrays) > 1 or _fast_put_works.cache_info().currsize > 0) and _fast_put_works()
+def _is_fast(arrays: Sequence[Any], weak: Sequence[bool]) -> bool:
+    # For a single array, the test takes longer than it saves, but for the copy of a weakly typed one.
+    return (len(arrays) > 1 or any(weak) or _fast_put_works.cache_info().currsize > 0) and _fast_put_works()
 
 
-def _fast_put(arrays: Sequence[Any], shardings: Sequence[Any], *, committed: bool) -> list[jax.Array]:
+def _fast_put(
+    arrays: Sequence[Any], shardings: Sequence[Any], weak: Sequence[bool] = (), *, committed: bool
+) -> list[jax.Array]:
     put, seen, devices = _private_put(), None, []
     placed = []
-    for array, sharding in zip(arrays, shardings, strict=True):
+    for array, sharding, is_weak in zip(arrays, shardings, weak or itertools.repeat(False)):  # noqa: B905  (endless)
         if sharding is not seen:
             seen, devices = sharding, list(sharding.device_set)
         if isinstance(array, np.ndarray):
-            placed.append(put(_aval(array.shape, array.dtype), sharding, [array], devices, committed))
+            aval = _aval(array.shape, array.dtype, is_weak and _has_weak_type(array.dtype))
+            placed.append(put(aval, sharding, [array], devices, committed))
         else:  # a PRNG key is on a device already
             placed.append(jax.device_put(array, sharding) if committed else array)
     return placed
 
 
 @functools.lru_cache(maxsize=4096)
-def _aval(shape: tuple[int, ...], dtype: np.dtype) -> Any:
+def _aval(shape: tuple[int, ...], dtype: np.dtype, is_weak: bool) -> Any:
     from jax._src import core
 
-    return core.ShapedArray(shape, dtype)
+    return core.ShapedArray(shape, dtype, weak_type=is_weak)
 
 
 @functools.cache
@@ -131,6 +146,13 @@ def _fast_put_works() -> bool:
                 ) and np.array_equal(np.asarray(found), array)
                 if not same:
                     return False
+        for kind in (int, float):
+            expected = jnp.full(3, kind(1))
+            (found,) = _fast_put([np.asarray(expected)], [sharding], [True], committed=False)
+            if (found.dtype, found.weak_type) != (expected.dtype, True) or (found + jnp.int8(1)).dtype != (
+                expected + jnp.int8(1)
+            ).dtype:
+                return False
     except Exception:  # a JAX that has changed it
         return False
     return True

@@ -212,7 +212,7 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
     free: list[int] = []
     bound: list[int] = []
     spread: list[int] = []
-    weak: list[int] = []
+    weak: set[int] = set()
     shardings: list[jax.sharding.Sharding] = []
     width_is_kept = functools.cache(_width_is_kept)  # most leaves share a few dtypes
     is_array: dict[type, bool] = {kind: issubclass(kind, jax.Array) for kind in set(map(type, like))}
@@ -223,7 +223,7 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
         if not width_is_kept(leaf.dtype):
             _raise_cut(names[number], leaf.dtype)
         if getattr(leaf, "weak_type", False):
-            weak.append(number)
+            weak.add(number)
         sharding = getattr(leaf, "sharding", None)
         if sharding is None or (is_array[kind] and not leaf.committed):
             free.append(number)
@@ -233,14 +233,16 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
             bound.append(number)
             shardings.append(sharding)
     placed = (
-        put_free([values[number] for number in free]),
-        put_bound([values[number] for number in bound], shardings),
+        put_free([values[number] for number in free], [number in weak for number in free] if weak else ()),
+        put_bound(
+            [values[number] for number in bound], shardings, [number in weak for number in bound] if weak else ()
+        ),
         put_parts([values[number] for number in spread]),
     )
     for numbers, arrays in zip((free, bound, spread), placed, strict=True):
         for number, array in zip(numbers, arrays, strict=True):
             values[number] = array
-    for number in weak:
+    for number in weak.intersection(spread):
         values[number] = weakly_typed(values[number])
 
 

@@ -516,8 +516,15 @@ def test_weak_types_stay_weak(round_trip: RoundTrip, is_bound: bool) -> None:
 
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 @pytest.mark.parametrize("dtype", [float, int, complex])
-def test_weak_arrays_stay_weak(round_trip: RoundTrip, dtype: type, axis_type: Any) -> None:
-    """So do arrays of any shape, as `jnp.full(shape, 0.5)` makes them, wherever they are; to the last bit."""
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_weak_arrays_stay_weak(
+    round_trip: RoundTrip, dtype: type, axis_type: Any, is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So do arrays of any shape, as `jnp.full(shape, 0.5)` makes them, wherever they are; to the last bit.
+
+    Also where JAX has not the private function that needs no copy for it.
+    """
+    monkeypatch.setattr("ckpt_hooks.devices._is_fast", lambda arrays, weak: is_fast)
     some = [[-7, 1], [2, 3]] if dtype is int else [[-0.0, jnp.nan], [1e-40, jnp.inf]]
     weak = jnp.full((4, 2), dtype(3)).at[1:3].set(jnp.asarray(some, dtype))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(axis_type,))
