@@ -146,13 +146,10 @@ def _fast_put_works() -> bool:
                 ) and np.array_equal(np.asarray(found), array)
                 if not same:
                     return False
-        for kind in (int, float):
-            expected = jnp.full(3, kind(1))
-            (found,) = _fast_put([np.asarray(expected)], [sharding], [True], committed=False)
-            if (found.dtype, found.weak_type) != (expected.dtype, True) or (found + jnp.int8(1)).dtype != (
-                expected + jnp.int8(1)
-            ).dtype:
-                return False
+        weak = np.full(3, 0.5, np.float32)  # compared without an operation, which would be compiled at every start
+        (found,) = _fast_put([weak], [sharding], [True], committed=False)
+        if not found.weak_type or not np.array_equal(np.asarray(found), weak):
+            return False
     except Exception:  # a JAX that has changed it
         return False
     return True
