@@ -146,7 +146,8 @@ def _fast_put_works() -> bool:
                 ) and np.array_equal(np.asarray(found), array)
                 if not same:
                     return False
-        weak = np.full(3, 0.5, np.float32)  # compared without an operation, which would be compiled at every start
+        # Compared without an operation, which would be compiled at every start.
+        weak = np.full(3, 0.5, jax.dtypes.canonicalize_dtype(float))
         (found,) = _fast_put([weak], [sharding], [True], committed=False)
         if not found.weak_type or not np.array_equal(np.asarray(found), weak):
             return False

@@ -19,7 +19,7 @@ import optax
 import pytest
 from flax.training import train_state as flax_train_state
 
-from ckpt_hooks import CheckpointManager
+from ckpt_hooks import CheckpointManager, devices
 from ckpt_hooks.errors import (
     CheckpointError,
     InvalidArgumentError,
@@ -538,6 +538,18 @@ def test_weak_arrays_stay_weak(
         assert restored[name].sharding.is_equivalent_to(array.sharding, 2)
         assert restored[name].committed == array.committed
     assert_same(restored["free"] * jnp.bfloat16(1), weak * jnp.bfloat16(1))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_many_arrays_are_placed_without_a_copy(x64: bool) -> None:
+    """The quick transfer passes its test with either width of numbers, and gives weak types of that width."""
+    with jax.enable_x64(x64):
+        devices._fast_put_works.cache_clear()
+        assert devices._fast_put_works()
+        numbers = np.arange(3, dtype=jax.dtypes.canonicalize_dtype(float))
+        weak, strong = devices.put_free([numbers, numbers], [True, False])
+        assert (weak.weak_type, strong.weak_type) == (True, False)
+        assert weak.dtype == strong.dtype == numbers.dtype
 
 
 def test_cast_converts_dtypes(round_trip: RoundTrip) -> None:
