@@ -86,7 +86,7 @@ def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
     for number, process in enumerate(ended):
         assert process.code == 0, process.log
         said = process.report["said"]
-        own = "UnsupportedLeafError: scale: this jax.Array is on cpu:"
+        own = "UnsupportedLeafError: item 'params': scale: this jax.Array is on cpu:"
         assert said["host-local everywhere"][0].startswith(own)
         text = said["host-local in one"][0]
         assert text.startswith(own if number == count - 1 else f"OtherProcessError: process {count - 1} failed: {own}")
@@ -282,7 +282,7 @@ def test_groups_of_processes_save_runs_of_their_own(nursery: Nursery, tmp_path: 
     for number, process in enumerate(nursery.run_group(together.groups, tmp_path, 4)):
         assert process.code == 0, process.log
         outside, stranger = process.report.pop("outside"), process.report.pop("stranger")
-        assert outside.startswith("UnsupportedLeafError: the state: parts of this array are only in processes"), outside
+        assert outside.startswith("UnsupportedLeafError: item 'w': parts of this array are only in processes"), outside
         assert f"process {number} is not one of active_processes" in stranger
         assert set(process.report.values()) == {True}, process.report
     assert sorted(os.listdir(tmp_path / "run_0")) == ["1", "2"]

@@ -183,7 +183,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
                 staged[name] = handler.stage(item_args)
             except Exception as error:
                 if isinstance(error, UnsupportedLeafError):  # by its whole path, also where only the text is logged
-                    error.args = (f"item {name!r}: {error}",)
+                    error.args = (f"item {name!r}: {str(error).removeprefix('the state: ')}",)
                 error.add_note(f"while taking item {name!r}")
                 raise
         begin = functools.partial(self._begin_items, staged)
