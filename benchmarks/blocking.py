@@ -22,7 +22,7 @@ from benchmarks.contestants import BackgroundSaver, background_savers
 from benchmarks.options import empty_directory, parse
 from benchmarks.report import Report
 from benchmarks.timing import Measurement, alternate, seconds_of
-from benchmarks.workloads import State, describe
+from benchmarks.workloads import State, describe, num_bytes
 
 __all__ = ["main"]
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {
             saver.name: functools.partial(_save, saver, training, options.directory) for saver in background_savers()
         }
-        measured = alternate(runs, options.rounds)
+        measured = alternate(runs, options.rounds, memory_bytes=2 * num_bytes(training.state))
         title = f"{workload.name}: {describe(training.state)}"
         report.add(f"{title}; blocking", "ms", measured["blocking"])
         report.add(f"{title}; per leaf", "us", measured["per leaf"])

@@ -25,7 +25,7 @@ from benchmarks.contestants import BackgroundSaver, background_savers
 from benchmarks.options import Options, empty_directory, parser_of
 from benchmarks.report import Report
 from benchmarks.timing import Measurement, alternate
-from benchmarks.workloads import State, describe
+from benchmarks.workloads import State, describe, num_bytes
 
 __all__ = ["main"]
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             saver.name: functools.partial(_interfere, saver, state, train, secs, options.directory)
             for saver in (*background_savers(), nobody)
         }
-        measured = alternate(runs, options.rounds)
+        measured = alternate(runs, options.rounds, memory_bytes=2 * num_bytes(state))
         alone = measured["training"][_NO_SAVE]
         lost = {
             name: [

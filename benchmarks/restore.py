@@ -20,7 +20,7 @@ from benchmarks.contestants import CONTROL, ORBAX, OURS, Saver, savers
 from benchmarks.options import empty_directory, parse
 from benchmarks.report import Report
 from benchmarks.timing import Measurement, alternate, seconds_of
-from benchmarks.workloads import State, abstract, describe
+from benchmarks.workloads import State, abstract, describe, num_bytes
 
 __all__ = ["main"]
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for workload in options.workloads:
         state = workload.make(options.scale)
         like, title = abstract(state), f"{workload.name}: {describe(state)}"
+        memory_bytes = 2 * num_bytes(state)
         with empty_directory(options.directory) as directory:
             paths = {name: os.path.join(directory, str(number)) for number, name in enumerate(everybody)}
             for name, saver in everybody.items():
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     reader: functools.partial(_restore, everybody[reader], paths[writer], like)
                     for reader, writer in pairs
                 }
-                report.add(f"{title}{what}", "ms", alternate(runs, options.rounds)["restore"])
+                measured = alternate(runs, options.rounds, memory_bytes=memory_bytes)
+                report.add(f"{title}{what}", "ms", measured["restore"])
     report.close()
 
 

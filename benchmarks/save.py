@@ -18,7 +18,7 @@ from benchmarks.contestants import Saver, savers
 from benchmarks.options import empty_directory, parse
 from benchmarks.report import Report
 from benchmarks.timing import Measurement, alternate, seconds_of
-from benchmarks.workloads import describe
+from benchmarks.workloads import describe, num_bytes
 
 __all__ = ["main"]
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {
             saver.name: functools.partial(_save, saver, saver.prepare(state), options.directory) for saver in savers()
         }
-        measured = alternate(runs, options.rounds)
+        measured = alternate(runs, options.rounds, memory_bytes=2 * num_bytes(state))
         report.add(f"{workload.name}: {describe(state)}", "ms", measured["save"])
     report.close()
 

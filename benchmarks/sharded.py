@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.contestants import CONTROL, ORBAX, OURS, Saver, savers
 from benchmarks.timing import Measurement, Series, alternate, seconds_of
-from benchmarks.workloads import WORKLOADS, State, abstract, describe
+from benchmarks.workloads import WORKLOADS, State, abstract, describe, num_bytes
 
 __all__ = ["compare", "spread"]
 
@@ -34,9 +34,10 @@ def compare(folder: Path, workload: str, scale: float, rounds: int) -> tuple[str
     again = str(folder / "again")
     saves = {saver.name: functools.partial(_save, saver, again, state) for saver in chosen}
     restores = {saver.name: functools.partial(_restore, saver, path, state) for path, saver in everybody.items()}
+    memory_bytes = 2 * num_bytes(state) // jax.process_count()
     return describe(state), {
-        **alternate(saves, rounds, warm_ups=0),
-        **alternate(restores, rounds, warm_ups=0),
+        **alternate(saves, rounds, warm_ups=0, memory_bytes=memory_bytes),
+        **alternate(restores, rounds, warm_ups=0, memory_bytes=memory_bytes),
     }
 
 

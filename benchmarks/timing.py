@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import mmap
 import os
 import random
 import statistics
@@ -29,14 +30,20 @@ def seconds_of(action: Callable[[], object]) -> float:
     return seconds
 
 
-def alternate(runs: Mapping[str, Callable[[], Measurement]], rounds: int, *, warm_ups: int = 1) -> dict[str, Series]:
-    """{quantity: {contestant: values}} of `rounds` alternating rounds, after `warm_ups` that do not count."""
+def alternate(
+    runs: Mapping[str, Callable[[], Measurement]], rounds: int, *, warm_ups: int = 1, memory_bytes: int = 0
+) -> dict[str, Series]:
+    """{quantity: {contestant: values}} of `rounds` alternating rounds, after `warm_ups` that do not count.
+
+    Before each turn, the machine is made to have `memory_bytes` at hand.
+    """
     shuffled = random.Random(0)
     quantities: dict[str, Series] = {}
     for number in range(-warm_ups, rounds):
         for name in shuffled.sample(list(runs), len(runs)):
             gc.collect()
             os.sync()  # nobody writes back what another one left in the page cache
+            touch_memory(memory_bytes)
             measured = runs[name]()
             if number >= 0:
                 for quantity, value in measured.items():
@@ -44,6 +51,16 @@ def alternate(runs: Mapping[str, Callable[[], Measurement]], rounds: int, *, war
     return {
         quantity: {name: series[name] for name in runs if name in series} for quantity, series in quantities.items()
     }
+
+
+def touch_memory(num_bytes: int) -> None:
+    """Takes that much memory from the system, and gives it back."""
+    if num_bytes:
+        with mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            for start in range(0, num_bytes, mmap.PAGESIZE):
+                memory[start] = 1
 
 
 def ratios(series: Series, one: str, other: str) -> list[float]:

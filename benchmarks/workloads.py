@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["WORKLOADS", "State", "Workload", "abstract", "describe", "noise"]
+__all__ = ["WORKLOADS", "State", "Workload", "abstract", "describe", "noise", "num_bytes"]
 
 State = dict[str, Any]  # nested dicts of float32 arrays
 Shapes = dict[str, Any]  # the same with the shapes
@@ -97,5 +97,9 @@ def describe(state: State) -> str:
     >>> describe({"w": np.zeros(250_000, np.float32)})
     '1 leaves, 1.0 MB'
     """
-    leaves = jax.tree.leaves(state)
-    return f"{len(leaves):,} leaves, {sum(leaf.nbytes for leaf in leaves) / 1e6:,.1f} MB"
+    return f"{len(jax.tree.leaves(state)):,} leaves, {num_bytes(state) / 1e6:,.1f} MB"
+
+
+def num_bytes(state: State) -> int:
+    """Those of all its leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
