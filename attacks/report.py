@@ -140,9 +140,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     overwrite           20
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    numeric = [
-        all(cell.replace(",", "").isdigit() or cell == "-" for cell in column) for column in zip(*rows, strict=True)
-    ]
+    numeric = [all(map(_is_number, column)) for column in zip(*rows, strict=True)]
     lines = []
     for cells in (head, *rows):
         padded = [

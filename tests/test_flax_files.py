@@ -35,10 +35,7 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.testing import assert_same
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:orbax"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 Save = Callable[[Path, Any, int], None]
 

@@ -34,11 +34,6 @@ from ckpt_hooks.errors import (
 )
 from ckpt_hooks.testing import assert_same
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:orbax"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax"),
-]
-
 TREE = {"w": np.arange(6.0).reshape(2, 3), "b": [np.ones(1), {"n": np.int32(3) + np.zeros(2, np.int32)}]}
 PROTO = struct_pb2.Struct()
 PROTO.update({"rate": 0.5})

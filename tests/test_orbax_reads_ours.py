@@ -34,11 +34,6 @@ from tests.sameness import bits, typed_bits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:orbax"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax"),
-]
-
 
 class Model(nn.Module):
     """An MLP with everything that has a state of its own."""

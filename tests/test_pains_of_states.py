@@ -23,8 +23,6 @@ from ckpt_hooks import CheckpointHook, CheckpointManager
 from ckpt_hooks.errors import ItemNotFoundError, StructureMismatchError
 from ckpt_hooks.testing import assert_same
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:orbax")
-
 
 @pytest.fixture
 def theirs() -> Iterator[ocp.StandardCheckpointer]:

@@ -24,8 +24,6 @@ from ckpt_hooks.testing import assert_same, zoo
 from ckpt_hooks.tree import flatten
 from tests.sameness import bits
 
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:orbax")]
-
 
 @functools.cache
 def brought_by_users() -> list[Any]:

@@ -35,11 +35,6 @@ from ckpt_hooks.errors import (
 )
 from tests.sameness import bits, typed_bits
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:orbax"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax"),
-]
-
 
 def make_tree(seed: int) -> dict[str, Any]:
     """A tree of everything that Orbax can save."""

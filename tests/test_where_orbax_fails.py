@@ -53,11 +53,6 @@ from tests.sameness import bits, typed_bits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:orbax"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax"),
-]
-
 
 def state_of(value: float, size: int = 3) -> dict[str, Any]:
     return {"w": jnp.full(size, value)}

@@ -7,6 +7,7 @@ or says why.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import struct
@@ -19,7 +20,7 @@ import numpy as np
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompress_into
-from ckpt_hooks.storage.memory import Bytes, aligned_memory, host_bytes
+from ckpt_hooks.storage.memory import Bytes, aligned_memory, fill, host_bytes
 from ckpt_hooks.storage.values import Place
 
 __all__ = ["DirectValue", "Form", "read_direct"]
@@ -67,6 +68,8 @@ def _read_file(path: str, values: Mapping[str, DirectValue]) -> Iterator[str]:
     except OSError:
         return
     bad: set[str] = set()
+    names = sorted(values, key=lambda name: -values[name].place.nbytes)  # no thread is left with the largest alone
+    scratch = _Scratch(values[names[0]].place.nbytes)
 
     def read(name: str, task: Callable[[int], bool]) -> None:
         if not task(descriptor):
@@ -74,45 +77,58 @@ def _read_file(path: str, values: Mapping[str, DirectValue]) -> Iterator[str]:
 
     try:
         run_parallel(
-            (functools.partial(read, name, task) for name in values for task in _tasks(values[name])), _THREADS
+            (functools.partial(read, name, task) for name in names for task in _tasks(values[name], scratch)), _THREADS
         )
         yield from (name for name, value in values.items() if name not in bad and _ends_well(descriptor, value))
     finally:
         os.close(descriptor)
 
 
-def _tasks(value: DirectValue) -> Iterator[Callable[[int], bool]]:
+class _Scratch:
+    """Memory that holds any frame, and is used again: fresh pages would cost as much as reading into them."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: list[Bytes] = []
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Bytes]:
+        try:
+            memory = self._free.pop()
+        except IndexError:  # each thread gets here once
+            memory = aligned_memory(self._nbytes)
+        yield memory
+        self._free.append(memory)
+
+
+def _tasks(value: DirectValue, scratch: _Scratch) -> Iterator[Callable[[int], bool]]:
     """What fills the target from an open file, in parts where it can be; each says whether it went well."""
     target = host_bytes(value.target)
     if value.form == "zstd":
-        yield functools.partial(_decompress, value.place, target)
+        yield functools.partial(_decompress, value.place, target, scratch)
         return
     for start in range(0, target.nbytes, _READ_BYTES):
-        yield functools.partial(_fill, value.place.offset + start, target[start : start + _READ_BYTES].data)
+        yield functools.partial(_fills, value.place.offset + start, target[start : start + _READ_BYTES].data)
 
 
-def _decompress(place: Place, target: Bytes, descriptor: int) -> bool:
-    compressed = aligned_memory(place.nbytes)
-    if not _fill(place.offset, compressed.data, descriptor):
-        return False
-    try:
-        decompress_into(target, compressed.data, place.file)
-    except CorruptCheckpointError:
-        return False
-    return True
-
-
-def _fill(offset: int, target: memoryview, descriptor: int) -> bool:
-    """Whether there were as many bytes as `target` has."""
-    while target:
+def _decompress(place: Place, target: Bytes, scratch: _Scratch, descriptor: int) -> bool:
+    with scratch.lent() as memory:
+        frame = memory[: place.nbytes].data
+        if not _fills(place.offset, frame, descriptor):
+            return False
         try:
-            got = os.preadv(descriptor, [target], offset)
-        except OSError:
+            decompress_into(target, frame, place.file)
+        except CorruptCheckpointError:
             return False
-        if got == 0:
-            return False
-        target, offset = target[got:], offset + got
     return True
+
+
+def _fills(offset: int, target: memoryview, descriptor: int) -> bool:
+    """Whether the file has as many bytes there as `target`, which has them then."""
+    try:
+        return fill(descriptor, target, offset) == len(target)
+    except OSError:
+        return False
 
 
 def _ends_well(descriptor: int, value: DirectValue) -> bool:
@@ -120,6 +136,6 @@ def _ends_well(descriptor: int, value: DirectValue) -> bool:
         return True
     index = bytearray(_SHARD_INDEX.size)
     nbytes = value.target.nbytes
-    if not _fill(value.place.offset + nbytes, memoryview(index), descriptor):
+    if not _fills(value.place.offset + nbytes, memoryview(index), descriptor):
         return False
     return _SHARD_INDEX.unpack(index) == (0, nbytes, google_crc32c.value(bytes(index[:-4])))

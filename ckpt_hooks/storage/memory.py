@@ -1,14 +1,16 @@
-"""Host memory: aligned, and in huge pages where it is large."""
+"""Host memory: aligned, in huge pages where it is large, and filled from files."""
 
 from __future__ import annotations
 
 import mmap
+import os
+import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Bytes", "aligned_memory", "host_bytes"]
+__all__ = ["Bytes", "aligned_memory", "fill", "host_bytes"]
 
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -42,3 +44,25 @@ def host_bytes(array: Any) -> Bytes:
     NumPy has no buffer protocol for the extended dtypes, and JAX none for other layouts; bytes they all have.
     """
     return np.asarray(array, order="C").reshape(-1).view(np.uint8)
+
+
+def fill(descriptor: int, target: memoryview, offset: int) -> int:
+    """Reads a file from `offset` on; how many bytes came, fewer than `target` has where the file ends before."""
+    count = 0
+    while count < len(target):
+        got = _read_at(descriptor, target[count:], offset + count)
+        if got == 0:
+            break
+        count += got
+    return count
+
+
+_seek_lock = threading.Lock()
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    with _seek_lock:  # the threads share the descriptor, and so its position
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.readv(descriptor, [target])

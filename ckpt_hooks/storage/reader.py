@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompressed
 from ckpt_hooks.storage.layout import ALIGNMENT_BYTES, array_key
 from ckpt_hooks.storage.lookup import is_file
-from ckpt_hooks.storage.memory import Bytes, aligned_memory
+from ckpt_hooks.storage.memory import Bytes, aligned_memory, fill
 from ckpt_hooks.storage.ocdbt import I64
 from ckpt_hooks.storage.regions import Overlap, Region, overlaps, shape_of, whole
 from ckpt_hooks.storage.slices import Slice, slice_tasks
@@ -374,23 +373,9 @@ def _open(path: str) -> int:
 
 
 def _read_exactly(descriptor: int, target: Bytes, offset: int, path: str) -> None:
-    view = target.data
-    while view:
-        got = _read_at(descriptor, view, offset)
-        if got == 0:
-            raise CorruptCheckpointError(f"{path} is cut off at byte {offset}")
-        view, offset = view[got:], offset + got
-
-
-_seek_lock = threading.Lock()
-
-
-def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [view], offset)
-    with _seek_lock:  # the threads share the descriptor, and so its position
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.readv(descriptor, [view])
+    got = fill(descriptor, target.data, offset)
+    if got < target.nbytes:
+        raise CorruptCheckpointError(f"{path} is cut off at byte {offset + got}")
 
 
 # ------------------------------------------------------------------ zarr
