@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {
             saver.name: functools.partial(_save, saver, training, options.directory) for saver in background_savers()
         }
-        measured = alternate(runs, options.rounds, memory_bytes=2 * num_bytes(training.state))
+        measured = alternate(runs, options.rounds, state_bytes=num_bytes(training.state))
         title = f"{workload.name}: {describe(training.state)}"
         report.add(f"{title}; blocking", "ms", measured["blocking"])
         report.add(f"{title}; per leaf", "us", measured["per leaf"])

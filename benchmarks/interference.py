@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             saver.name: functools.partial(_interfere, saver, state, train, secs, options.directory)
             for saver in (*background_savers(), nobody)
         }
-        measured = alternate(runs, options.rounds, memory_bytes=2 * num_bytes(state))
+        measured = alternate(runs, options.rounds, state_bytes=num_bytes(state))
         alone = measured["training"][_NO_SAVE]
         lost = {
             name: [

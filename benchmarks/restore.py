@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for workload in options.workloads:
         state = workload.make(options.scale)
         like, title = abstract(state), f"{workload.name}: {describe(state)}"
-        memory_bytes = 2 * num_bytes(state)
+        state_bytes = num_bytes(state)
         with empty_directory(options.directory) as directory:
             paths = {name: os.path.join(directory, str(number)) for number, name in enumerate(everybody)}
             for name, saver in everybody.items():
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     reader: functools.partial(_restore, everybody[reader], paths[writer], like)
                     for reader, writer in pairs
                 }
-                measured = alternate(runs, options.rounds, memory_bytes=memory_bytes)
+                measured = alternate(runs, options.rounds, state_bytes=state_bytes)
                 report.add(f"{title}{what}", "ms", measured["restore"])
     report.close()
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = {
             saver.name: functools.partial(_save, saver, saver.prepare(state), options.directory) for saver in savers()
         }
-        measured = alternate(runs, options.rounds, memory_bytes=2 * num_bytes(state))
+        measured = alternate(runs, options.rounds, state_bytes=num_bytes(state))
         report.add(f"{workload.name}: {describe(state)}", "ms", measured["save"])
     report.close()
 

@@ -34,10 +34,10 @@ def compare(folder: Path, workload: str, scale: float, rounds: int) -> tuple[str
     again = str(folder / "again")
     saves = {saver.name: functools.partial(_save, saver, again, state) for saver in chosen}
     restores = {saver.name: functools.partial(_restore, saver, path, state) for path, saver in everybody.items()}
-    memory_bytes = 2 * num_bytes(state) // jax.process_count()
+    state_bytes = num_bytes(state) // jax.process_count()
     return describe(state), {
-        **alternate(saves, rounds, warm_ups=0, memory_bytes=memory_bytes),
-        **alternate(restores, rounds, warm_ups=0, memory_bytes=memory_bytes),
+        **alternate(saves, rounds, warm_ups=0, state_bytes=state_bytes),
+        **alternate(restores, rounds, warm_ups=0, state_bytes=state_bytes),
     }
 
 

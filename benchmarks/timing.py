@@ -31,11 +31,11 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], Measurement]], rounds: int, *, warm_ups: int = 1, memory_bytes: int = 0
+    runs: Mapping[str, Callable[[], Measurement]], rounds: int, *, warm_ups: int = 1, state_bytes: int = 0
 ) -> dict[str, Series]:
     """{quantity: {contestant: values}} of `rounds` alternating rounds, after `warm_ups` that do not count.
 
-    Before each turn, the machine is made to have `memory_bytes` at hand.
+    Before each turn, the machine is made to have memory at hand for two states of `state_bytes`.
     """
     shuffled = random.Random(0)
     quantities: dict[str, Series] = {}
@@ -43,7 +43,7 @@ def alternate(
         for name in shuffled.sample(list(runs), len(runs)):
             gc.collect()
             os.sync()  # nobody writes back what another one left in the page cache
-            touch_memory(memory_bytes)
+            _touch_memory(2 * state_bytes)
             measured = runs[name]()
             if number >= 0:
                 for quantity, value in measured.items():
@@ -53,7 +53,7 @@ def alternate(
     }
 
 
-def touch_memory(num_bytes: int) -> None:
+def _touch_memory(num_bytes: int) -> None:
     """Takes that much memory from the system, and gives it back."""
     if num_bytes:
         with mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
