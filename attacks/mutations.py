@@ -7,8 +7,9 @@
 Works on a copy of the repository. A mutation removes one thing, found in the syntax tree: a call that syncs, renames,
 locks, waits or checks; a check whose answer becomes "all is well"; or an `if` that raises. The tests run once to see
 which of them passes through which line, so that no module can be forgotten (`--passages` keeps that in a folder). Then,
-for each mutation, those that pass there run until the first that fails. One that survives is a safety that nobody would
-miss: exit code 1; but for those in `EQUIVALENT`, whose absence nobody could tell, each with its reason.
+for each mutation, those that pass there run until the first that fails; with `--known=FILE`, where FILE has what an
+earlier run printed, the one that noticed it then goes first. One that survives is a safety that nobody would miss: exit
+code 1; but for those in `EQUIVALENT`, whose absence nobody could tell, each with its reason.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from attacks.forked import run_forked
-from attacks.passages import Passages, read_passages, through
-from attacks.trials import REPOSITORY, Copy, import_what_tests_need, record
+from attacks.passages import Passage, Passages, read_passages, through
+from attacks.trials import REPOSITORY, TEST_SECS, Copy, import_what_tests_need, record
 
-__all__ = ["Judge", "Mutation", "all_mutations", "mutations_of"]
+__all__ = ["Judge", "Mutation", "all_mutations", "mutations_of", "read_known"]
 
 PACKAGE = "ckpt_hooks"
 _FEW = 30  # tests that run first, so that others need not even be imported
 _PATIENCE_SECS = 150.0  # of tests for one mutation, by what they took when they were recorded
+_QUICK_SECS, _SLOWER = 30.0, 10.0  # a test that took a second does not end if it takes 40
 _SEES_SYNCS = re.compile("test_commit_order|test_attacks_power_loss")
 
 # Calls without whose effect a crash, a power cut, a second writer or damage would do harm.
@@ -117,6 +119,12 @@ class Mutation:
 
     def __str__(self) -> str:
         return f"{self.module} {self.place}: {self.code} -> {self.new}"
+
+    @property
+    def row(self) -> str:
+        """How a table begins its row."""
+        code = self.code.replace("|", "\\|")
+        return f"| {self.module} `{self.place}` | `{code}`"
 
 
 def mutations_of(module: str, source: str) -> list[Mutation]:
@@ -211,34 +219,61 @@ class Judge:
     Args:
       copy: where it is removed.
       passages: which test passes through which line of that copy.
+      known: {row of a mutation: the test that noticed it in an earlier run}, which is asked before all others.
     """
 
-    def __init__(self, copy: Copy, passages: Passages) -> None:
+    def __init__(self, copy: Copy, passages: Passages, known: Mapping[str, str] | None = None) -> None:
         self._copy = copy
         self._passages = passages
+        self._known = known or {}
+        self._noticed = Counter[tuple[str, str]]()  # (module, file of tests): how often
 
     def killer(self, mutation: Mutation) -> str:
         """The test that fails without it; "" if none does."""
         source = (self._copy.folder / PACKAGE / mutation.module).read_bytes()
         tests = self._tests(mutation)
+        few = [passage for passage in tests if passage.test == self._known.get(mutation.row)]
         with self._copy.changed(mutation.module, mutation.applied_to(source)):
-            for batch in (tests[:_FEW], tests[_FEW:]):
-                failed = self._copy.first_failure(batch) if batch else ""
+            for batch in (few, tests[:_FEW], tests[_FEW:]):
+                failed = self._first_failure(batch) if batch else ""
                 if failed:
+                    self._noticed[mutation.module, _file_of(failed)] += 1
                     return failed
         return ""
 
-    def _tests(self, mutation: Mutation) -> list[str]:
+    def _first_failure(self, batch: Passages) -> str:
+        slowest_secs = max(passage.took_secs for passage in batch)
+        return self._copy.first_failure(
+            [passage.test for passage in batch],
+            test_secs=min(TEST_SECS, _QUICK_SECS + _SLOWER * slowest_secs),  # without a safety, some wait for ever
+        )
+
+    def _tests(self, mutation: Mutation) -> Passages:
         passing = through(self._passages, mutation.module, mutation.lines, mutation.at_work)
-        if mutation.is_durable:  # what a lost sync does, only a lost power shows
-            passing.sort(key=lambda passage: not _SEES_SYNCS.search(passage.test))  # and the quicker ones first
+        # What a lost sync does, only a lost power shows; and who noticed one loss in a module may notice the next.
+        passing.sort(key=lambda passage: not self._is_promising(mutation, passage))  # and the quicker ones first
         left_secs = _PATIENCE_SECS
         chosen = []
         for passage in passing:
             left_secs -= passage.took_secs
             if left_secs > 0:
-                chosen.append(passage.test)
+                chosen.append(passage)
         return chosen
+
+    def _is_promising(self, mutation: Mutation, passage: Passage) -> bool:
+        if mutation.is_durable:
+            return bool(_SEES_SYNCS.search(passage.test))
+        return passage.took_secs < 1 and (mutation.module, _file_of(passage.test)) in self._noticed
+
+
+def _file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def read_known(path: Path) -> dict[str, str]:
+    """{row of a mutation: the test that noticed it}, from what an earlier run has printed."""
+    rows = (line.rpartition(" | ") for line in path.read_text().splitlines() if line.startswith("| "))
+    return {row: told.removesuffix(" |").partition(" (")[0] for row, _, told in rows}
 
 
 # ------------------------------------------------------------------ reporting
@@ -252,6 +287,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side (default: one a processor)")
     parser.add_argument("--passages", type=Path, help="where to keep, or find, which test passes through which line")
+    parser.add_argument("--known", type=Path, help="what an earlier run has printed")
     args = parser.parse_args()
     mutations = [mutation for mutation in all_mutations(REPOSITORY / PACKAGE) if args.only in str(mutation)]
     if args.sample is not None and args.sample < len(mutations):
@@ -267,7 +303,8 @@ def main() -> int:
         import_what_tests_need()
         begin_secs = time.monotonic()
         shares = [mutations[number :: args.jobs] for number in range(min(args.jobs, len(mutations)))]
-        tasks = [functools.partial(_try_all, share, passages) for share in shares]
+        known = read_known(args.known) if args.known else {}
+        tasks = [functools.partial(_try_all, share, passages, known) for share in shares]
         verdicts = sum(run_forked(tasks), Counter[str]())
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     print(f"\n{len(mutations)} mutations in {time.monotonic() - begin_secs:.0f} s: {told}")
@@ -285,12 +322,12 @@ def _passages(kept: Path | None, scratch: Path, jobs: int) -> Passages:
     return read_passages(kept)
 
 
-def _try_all(mutations: list[Mutation], passages: Passages) -> Counter[str]:
+def _try_all(mutations: list[Mutation], passages: Passages, known: Mapping[str, str]) -> Counter[str]:
     """How many had which verdict; prints a line for each."""
     verdicts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="mutated-", ignore_cleanup_errors=True) as folder:
         copy = Copy(Path(folder))
-        judge = Judge(copy, passages)
+        judge = Judge(copy, passages, known)
         broken = copy.first_failure([passage.test for passage in passages[:_FEW]])
         if broken:
             raise RuntimeError(f"{broken} fails though nothing has been removed")
@@ -300,9 +337,8 @@ def _try_all(mutations: list[Mutation], passages: Passages) -> Counter[str]:
             survived = "SURVIVED (durability)" if mutation.is_durable else "SURVIVED"
             verdict = "equivalent" if reason else "killed" if killer else survived
             verdicts[verdict] += 1
-            code = mutation.code.replace("|", "\\|")
             told = killer or (f"equivalent: {reason}" if reason else survived)
-            print(f"| {mutation.module} `{mutation.place}` | `{code}` | {told} |", flush=True)
+            print(f"{mutation.row} | {told} |", flush=True)
     return verdicts
 
 

@@ -37,6 +37,9 @@ _IMPORTED = (
     "hypothesis.stateful",
     "pytest",
     "clu.metrics",
+    "equinox",
+    "scipy.stats",
+    "sklearn.datasets",
 )
 _OWN = ("ckpt_hooks", "tests", "attacks")
 # They look at the source, the machine or the other library; what they notice is not a safety.
@@ -56,7 +59,8 @@ class Copy:
                 shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in COPIED_FILES:
             shutil.copy(REPOSITORY / name, folder / name)
-        subprocess.run([sys.executable, "-m", "compileall", "-q", "ckpt_hooks", "attacks"], cwd=folder, check=True)
+        compiled = ["ckpt_hooks", "attacks", "tests", "benchmarks"]
+        subprocess.run([sys.executable, "-m", "compileall", "-q", *compiled], cwd=folder, check=True)
 
     @contextlib.contextmanager
     def changed(self, module: str, content: bytes) -> Iterator[None]:
@@ -71,14 +75,14 @@ class Copy:
             path.write_bytes(source)
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    def first_failure(self, tests: Sequence[str]) -> str:
-        """The test that fails, of those by these ids; "" if none does."""
+    def first_failure(self, tests: Sequence[str], test_secs: float = TEST_SECS) -> str:
+        """The test that fails, of those by these ids; "" if none does. One that takes longer than that has failed."""
         with tempfile.TemporaryDirectory(prefix="trial-", dir=_shared_memory()) as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a fork that JAX does not like; it has not begun to do anything
             output = Path(scratch) / "output"
             pid = os.fork()
             if pid == 0:
-                self._run(tests, output, scratch)
+                self._run(tests, output, scratch, test_secs)
             status = _wait(pid, time.monotonic() + TRIAL_SECS)
             text = output.read_text(errors="replace") if output.exists() else ""
         if status == 0:
@@ -89,7 +93,7 @@ class Copy:
         begun = re.findall(r"^(tests/\S+) ", text, re.MULTILINE)
         return f"{begun[-1] if begun else tests[0]} ({_ending(status)})"
 
-    def _run(self, tests: Sequence[str], output: Path, scratch: str) -> NoReturn:
+    def _run(self, tests: Sequence[str], output: Path, scratch: str, test_secs: float) -> NoReturn:
         code: object = 1
         try:
             os.setsid()
@@ -102,9 +106,9 @@ class Copy:
             sys.path[:] = [str(self.folder), *(path for path in sys.path if path not in ("", str(REPOSITORY)))]
             for name in [name for name in sys.modules if name.partition(".")[0] in _OWN]:
                 del sys.modules[name]
-            options = ["-x", "-v", "--no-header", "--tb=line", "-rfE", f"--timeout={TEST_SECS}"]
-            # A plugin that is imported already is not rewritten, which does not matter.
-            plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+            # Without rewritten assertions: half of the time until the first test begins went into them.
+            options = ["-x", "-v", "--no-header", "--tb=line", "-rfE", "--assert=plain", f"--timeout={test_secs:.0f}"]
+            plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
             code = importlib.import_module("pytest").main([*options, *plugins, f"--basetemp={scratch}/t", *tests])
         except BaseException:
             traceback.print_exc()

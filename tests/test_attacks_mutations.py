@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import ckpt_hooks
-from attacks.mutations import EFFECTS, EQUIVALENT, Judge, Mutation, all_mutations, mutations_of
-from attacks.passages import Passages, through
+from attacks.mutations import EFFECTS, EQUIVALENT, Judge, Mutation, all_mutations, mutations_of, read_known
+from attacks.passages import Passage, Passages, through
 from attacks.trials import Copy, record
 
 PACKAGE = Path(ckpt_hooks.__file__).parent
@@ -102,6 +103,26 @@ def test_a_safety_that_nobody_misses_survives(tmp_path: Path, recorded: Passages
     lines = range(1, source.count(b"\n"))
     nothing = Mutation("listing.py", "module", "", "# nothing\n", len(source), len(source), lines, 1)
     assert Judge(Copy(tmp_path), recorded).killer(nothing) == ""
+
+
+def test_who_noticed_in_an_earlier_run_is_asked_first(tmp_path: Path) -> None:
+    """What that run printed names the test, though quicker ones pass there too; the others are asked as well."""
+    mutation = find("os.fsync(descriptor)")
+    at = frozenset((mutation.module, line) for line in mutation.lines)
+    passages = [Passage(f"tests/test_a.py::test_{number}", number, at) for number in range(60)]
+    told = tmp_path / "told"
+    told.write_text(f"| place | removed | killed by |\n{mutation.row} | tests/test_a.py::test_9 (does not end) |\n")
+    asked: list[list[str]] = []
+
+    class Asked(Copy):
+        def first_failure(self, tests: Sequence[str], test_secs: float = 0) -> str:
+            del test_secs
+            asked.append(list(tests))
+            return ""
+
+    Judge(Asked(tmp_path / "copy"), passages, read_known(told)).killer(mutation)
+    assert asked[0] == ["tests/test_a.py::test_9"]
+    assert asked[1][0] == "tests/test_a.py::test_0"
 
 
 def test_what_is_said_to_be_equivalent_is_there() -> None:
