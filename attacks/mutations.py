@@ -242,7 +242,7 @@ class Judge:
         return ""
 
     def _first_failure(self, batch: Passages) -> str:
-        slowest_secs = max(passage.took_secs for passage in batch)
+        slowest_secs = max(passage.alone_secs for passage in batch)
         return self._copy.first_failure(
             [passage.test for passage in batch],
             test_secs=min(TEST_SECS, _QUICK_SECS + _SLOWER * slowest_secs),  # without a safety, some wait for ever
@@ -253,17 +253,21 @@ class Judge:
         # What a lost sync does, only a lost power shows; and who noticed one loss in a module may notice the next.
         passing.sort(key=lambda passage: not self._is_promising(mutation, passage))  # and the quicker ones first
         left_secs = _PATIENCE_SECS
-        chosen = []
+        chosen: Passages = []
+        begun = set()  # files whose fixtures have been paid for
         for passage in passing:
-            left_secs -= passage.took_secs
-            if left_secs > 0:
+            file = _file_of(passage.test)
+            took_secs = passage.took_secs + (0 if file in begun else passage.shared_secs)
+            if took_secs < left_secs:
+                left_secs -= took_secs
+                begun.add(file)
                 chosen.append(passage)
         return chosen
 
     def _is_promising(self, mutation: Mutation, passage: Passage) -> bool:
         if mutation.is_durable:
             return bool(_SEES_SYNCS.search(passage.test))
-        return passage.took_secs < 1 and (mutation.module, _file_of(passage.test)) in self._noticed
+        return passage.alone_secs < 1 and (mutation.module, _file_of(passage.test)) in self._noticed
 
 
 def _file_of(test: str) -> str:

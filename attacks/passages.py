@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -39,12 +40,19 @@ class Passage:
     Attributes:
       test: its id.
       took_secs: how long it takes.
+      shared_secs: how long what it shares with the other tests of its file takes.
       lines: those of the library that it passes through.
     """
 
     test: str
     took_secs: float
+    shared_secs: float
     lines: frozenset[_Line]
+
+    @property
+    def alone_secs(self) -> float:
+        """How long it takes where no other test of its file runs."""
+        return self.took_secs + self.shared_secs
 
 
 Passages = list[Passage]
@@ -118,7 +126,8 @@ def _also_at_hard_exits(owner: int) -> None:
 class _Plugin:
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._shared: dict[str, list[list[Any]]] = {}  # {file: lines}
+        self._shared: dict[str, list[list[Any]]] = {}  # {file: lines that the fixtures of all its tests pass}
+        self._shared_secs: dict[str, float] = defaultdict(float)
         self._children = tempfile.mkdtemp(prefix="children-", dir=folder)
         (Path(self._children) / "sitecustomize.py").write_text(_TRACED_AT_START)
         os.environ[FOLDER] = self._children
@@ -129,27 +138,31 @@ class _Plugin:
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Iterator[None]:
         """What a fixture of a whole file passes, all its tests depend on."""
         before, _tracer.seen = _tracer.seen, set()
+        begin_secs = time.monotonic()
         try:
             return (yield)
         finally:
             if fixturedef.scope != "function":
                 file = str(request.node.nodeid).partition("::")[0]
                 self._shared.setdefault(file, []).extend([*_tracer.lines(), *self._of_children()])
+                self._shared_secs[file] += time.monotonic() - begin_secs
             _tracer.seen |= before
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         _tracer.seen = set()
         _tracer.start()
-        begin_secs = time.monotonic()
+        file = item.nodeid.partition("::")[0]
+        begin_secs, shared_secs = time.monotonic(), self._shared_secs[file]
         try:
             return (yield)
         finally:
             sys.settrace(None)
-            took_secs = time.monotonic() - begin_secs
-            shared = self._shared.get(item.nodeid.partition("::")[0], [])
-            lines = [*_tracer.lines(), *self._of_children(), *shared]
-            _write(self._folder, "test", {"test": item.nodeid, "took_secs": took_secs, "lines": lines})
+            shared_secs, before_secs = self._shared_secs[file], shared_secs
+            took_secs = time.monotonic() - begin_secs - (shared_secs - before_secs)
+            lines = [*_tracer.lines(), *self._of_children(), *self._shared.get(file, [])]
+            seen = {"test": item.nodeid, "took_secs": took_secs, "shared_secs": shared_secs, "lines": lines}
+            _write(self._folder, "test", seen)
 
     def _of_children(self) -> Iterator[list[Any]]:
         for path in Path(self._children).glob("*.json"):
@@ -171,8 +184,8 @@ def read_passages(folder: Path) -> Passages:
     for path in folder.glob("test-*.json"):
         read = json.loads(path.read_text())
         lines = frozenset((module, number) for module, number in read["lines"])
-        found.append(Passage(read["test"], read["took_secs"], lines))
-    return sorted(found, key=lambda passage: passage.took_secs)
+        found.append(Passage(read["test"], read["took_secs"], read["shared_secs"], lines))
+    return sorted(found, key=lambda passage: passage.alone_secs)
 
 
 def through(passages: Passages, module: str, lines: Sequence[int], at_work: int) -> Passages:

@@ -109,7 +109,7 @@ def test_who_noticed_in_an_earlier_run_is_asked_first(tmp_path: Path) -> None:
     """What that run printed names the test, though quicker ones pass there too; the others are asked as well."""
     mutation = find("os.fsync(descriptor)")
     at = frozenset((mutation.module, line) for line in mutation.lines)
-    passages = [Passage(f"tests/test_a.py::test_{number}", number, at) for number in range(60)]
+    passages = [Passage(f"tests/test_a.py::test_{number}", number, 0, at) for number in range(60)]
     told = tmp_path / "told"
     told.write_text(f"| place | removed | killed by |\n{mutation.row} | tests/test_a.py::test_9 (does not end) |\n")
     asked: list[list[str]] = []
