@@ -1,4 +1,4 @@
-"""What becomes of an operation when the coordination service, which runs in process 0, is gone."""
+"""What becomes of an operation that one process fails, and when the coordination service of process 0 is gone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax._src import distributed
 
-from ckpt_hooks import MultiprocessingOptions
+from ckpt_hooks import MultiprocessingOptions, processes
 from ckpt_hooks.agreement import OperationBarriers
 from ckpt_hooks.errors import OtherProcessError
 
@@ -49,3 +49,45 @@ def test_what_has_been_committed_stays_a_success(barriers: OperationBarriers, ca
     with caplog.at_level(logging.WARNING):
         barriers.leave()
     assert "It runs in process 0" in caplog.text
+
+
+class Service:
+    """A client that keeps the lines of all processes in memory."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool) -> None:
+        assert allow_overwrite
+        self._lines[key] = value
+
+    def key_value_dir_get(self, folder: str) -> list[tuple[str, str]]:
+        return [(key, value) for key, value in self._lines.items() if key.startswith(folder)]
+
+    def key_value_try_get(self, key: str) -> str:
+        if key not in self._lines:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+        return self._lines[key]
+
+    def key_value_increment(self, key: str, by: int) -> int:
+        self._lines[key] = str(int(self._lines.get(key, 0)) + by)
+        return int(self._lines[key])
+
+
+def test_who_fails_because_another_failed_first_reports_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was still writing when process 0 gave the save up fails too, but its failure is not the cause."""
+    jax.devices()
+    monkeypatch.setattr(distributed.global_state, "client", Service())
+    options = MultiprocessingOptions(active_processes={0, 1, 2})
+    of_process = [OperationBarriers(0, options) for _ in range(3)]
+
+    def run_as(process: int) -> OperationBarriers:
+        monkeypatch.setattr(processes, "index", lambda: process)
+        return of_process[process]
+
+    run_as(1).fail(OSError(28, "No space left on device"))
+    with pytest.raises(OtherProcessError, match="No space left"):
+        run_as(0).meet("save")
+    reported = run_as(2).fail(FileNotFoundError(2, "the temporary directory is gone"))
+    assert isinstance(reported, OtherProcessError)
+    assert "process 1 failed: OSError: [Errno 28] No space left" in str(reported)
