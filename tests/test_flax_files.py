@@ -227,6 +227,16 @@ def test_flax_steps_are_only_read(tmp_path: Path, save: Save) -> None:
     assert CheckpointManager(tmp_path).restore(make_state(0)).step == 1
 
 
+def test_a_run_without_steps_names_checkpoints_with_other_names_and_nothing_else(tmp_path: Path) -> None:
+    """A folder of logs whose name ends with a number is no checkpoint that one could rename to its step."""
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.save(7, make_state(1, 7))
+    (tmp_path / "run" / "7").rename(tmp_path / "best_7")
+    (tmp_path / "logs_8").mkdir()
+    with pytest.raises(CheckpointNotFoundError, match=r"but \['best_7'\]\. They"):
+        CheckpointManager(tmp_path).restore(make_state(0))
+
+
 # ------------------------------------------------------------------ one checkpoint
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from ckpt_hooks import CheckpointHook, CheckpointManager, Preempted
 from ckpt_hooks.keras_callback import CheckpointCallback
+from ckpt_hooks.storage import commit
 from examples.digits.data import load_digits
 
 NUM_EXAMPLES, BATCH_SIZE, EPOCHS = 208, 32, 3
@@ -171,6 +173,21 @@ def test_finished_fit_goes_on_to_more_epochs(tmp_path: Path, uninterrupted: Any)
     fit(tmp_path, epochs=1)
     assert CheckpointManager(tmp_path).restore()["progress"] == {"epoch": 1, "batch": 0}
     assert_same(fit(tmp_path)[1], uninterrupted[1])
+
+
+def test_the_end_of_fit_waits_for_its_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When `fit` returns, the last step is committed, however slow the disk is."""
+    publish = commit.publish
+
+    def publish_late(*arguments: Any, **keywords: Any) -> None:
+        time.sleep(0.5)
+        publish(*arguments, **keywords)
+
+    monkeypatch.setattr(commit, "publish", publish_late)
+    model = make_model()
+    with CheckpointHook(tmp_path) as hook:
+        model.fit(X, Y, batch_size=BATCH_SIZE, epochs=1, verbose=0, callbacks=[CheckpointCallback(hook)])
+        assert CheckpointManager(tmp_path).steps() == [NUM_BATCHES]
 
 
 def test_several_steps_in_one_execution(tmp_path: Path, uninterrupted: Any) -> None:

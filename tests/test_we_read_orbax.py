@@ -317,6 +317,16 @@ def test_items_of_a_composite_are_restored(composite_run: Path) -> None:
         assert bits(restored[name]) == bits(make_tree(5)[name])
 
 
+def test_an_item_that_was_never_finished_is_none(composite_run: Path, tmp_path: Path) -> None:
+    """A temporary directory that Orbax left within a checkpoint is neither described nor restored."""
+    run = tmp_path / "run"
+    shutil.copytree(composite_run, run)
+    shutil.copytree(run / "5" / "params", run / "5" / "ema.orbax-checkpoint-tmp")
+    with CheckpointManager(run) as ours:
+        assert ours.metadata(5).item_metadata.keys() == {"params", "opt_state", "config"}
+        assert ours.restore().keys() == {"params", "opt_state", "config"}
+
+
 def test_items_of_a_composite_are_restored_into_a_state(composite_run: Path) -> None:
     """Items of a composite are the parts of a state, all of them or those asked for."""
     tree, target = make_tree(5), make_tree(0)
@@ -463,6 +473,14 @@ def test_damage_makes_restore_fall_back(
         restored = ours.restore(make_tree(0) if with_target else None)
         assert bits(restored if with_target else restored["default"]) == bits(make_tree(2))
     assert any("step 3" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '"tree_metadata"'])
+def test_tree_metadata_of_another_form_is_called_damaged(run: Path, content: str) -> None:
+    """JSON that does not describe a tree is an error that names the file, not a KeyError from within."""
+    (_newest_item(run) / "_METADATA").write_text(content)
+    with CheckpointManager(run) as ours, pytest.raises(CorruptCheckpointError, match="_METADATA is damaged: it has no"):
+        ours.restore(make_tree(0), step=3)
 
 
 def test_a_lost_chunk_is_damage(tmp_path: Path) -> None:
