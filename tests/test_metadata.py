@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import errno
 import json
 import math
 import os
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -307,6 +309,37 @@ def test_failure_in_the_background_is_raised_when_all_is_done(tmp_path: Path) ->
         store.wait_until_finished()
     assert store.read(tmp_path / "m") == {"a": 1}
     store.wait_until_finished()
+    store.close()
+
+
+def test_closing_raises_what_failed_in_the_background(tmp_path: Path) -> None:
+    """A failure that nobody has waited for is not lost with the store."""
+    store = metadata_store(enable_write=True)
+    store.write(tmp_path / "missing" / "m", {})
+    with pytest.raises(FileNotFoundError):
+        store.close()
+
+
+def test_while_the_interpreter_ends_order_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can no longer be handed to the background is done at once, but after what is still being written there."""
+    is_refused = threading.Event()
+
+    class SlowPath(type(tmp_path)):  # type: ignore[misc]
+        def __fspath__(self) -> str:
+            assert is_refused.wait(60)
+            time.sleep(0.2)
+            return str(self)
+
+    def refuse(*positional: Any) -> None:
+        is_refused.set()
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    store = metadata_store(enable_write=True)
+    store.write(SlowPath(tmp_path / "m"), {"a": 1})
+    with monkeypatch.context() as ending:
+        ending.setattr(concurrent.futures.ThreadPoolExecutor, "submit", refuse)
+        store.update(tmp_path / "m", b=2)
+    assert store.read(tmp_path / "m") == {"a": 1, "b": 2}
     store.close()
 
 

@@ -166,6 +166,20 @@ def test_strings_are_restored(tmp_path: Path) -> None:
         assert typed_bits(ours.restore(tmp_path / "text", target)) == typed_bits(tree)
 
 
+@pytest.mark.parametrize("content", [None, "{}", '{"nested": "x"}', '["name", "nested.empty"]'])
+def test_a_string_that_was_lost_is_damage(tmp_path: Path, content: str | None) -> None:
+    """Where the file of the strings is gone, or lacks one, the error names it; no leaf is left out."""
+    with ocp.PyTreeCheckpointer() as theirs:
+        theirs.save(tmp_path / "text", {"name": "x", "nested": {"empty": ""}, "w": jnp.ones(2)})
+    strings = tmp_path / "text" / "_strings.json"
+    strings.unlink() if content is None else strings.write_text(content)
+    with (
+        Checkpointer(StandardCheckpointHandler()) as ours,
+        pytest.raises(CorruptCheckpointError, match=r"_strings\.json"),
+    ):
+        ours.restore(tmp_path / "text")
+
+
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_keys_of_another_kind_are_an_error(tmp_path: Path, impl: str) -> None:
     """A typed PRNG key comes back in its own implementation, and never in place of another one."""
