@@ -760,6 +760,26 @@ def test_a_single_fault_of_the_file_system_costs_no_step(
     assert manager.steps() == [5, 10][: found // 5]
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_what_the_user_can_mend_is_neither_a_fault_nor_damage(
+    make: Make, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Too many open files, or a file that one may not read, is told at once; nothing is read again or passed over."""
+    manager = make()
+    save_steps(manager, 5, 10)
+    preadv, faults = os.preadv, iter(range(1))
+
+    def failing(*arguments: Any) -> int:
+        if next(faults, None) is not None:
+            raise OSError(code, os.strerror(code))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        manager.restore(state_at(0))
+    assert_is_state_at(10, manager.restore(state_at(0)))
+
+
 def test_when_none_verifies_the_error_has_every_reason(make: Make, run: Path) -> None:
     """Where no checkpoint verifies, the error lists each one's reason, and nothing is removed."""
     manager = make()
