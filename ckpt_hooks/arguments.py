@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import re
 from typing import Any, TypeVar
 
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError
@@ -49,10 +50,11 @@ def require_secs(secs: Any, what: str) -> None:
         raise InvalidArgumentError(f"{what} is a positive number of seconds; got {secs!r}")
 
 
-def given_or_new(options: Any, kind: type[_T], what: str) -> _T:
+def given_or_new(options: Any, kind: type[_T]) -> _T:
     """Options, or the default ones where there are None. Raises InvalidArgumentTypeError for another kind."""
     if options is None:
         return kind()
     if not isinstance(options, kind):
-        raise InvalidArgumentTypeError(f"{what} is a {kind.__name__}, or None; got {options!r}")
+        argument = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()  # FileOptions is given as file_options
+        raise InvalidArgumentTypeError(f"{argument} is a {kind.__name__}, or None; got {options!r}")
     return options

@@ -21,6 +21,7 @@ from etils import epath
 
 from ckpt_hooks import events, processes
 from ckpt_hooks.agreement import OperationBarriers, Together
+from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.claims import save_claim
 from ckpt_hooks.errors import InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
@@ -90,7 +91,7 @@ class Checkpointer:
         temporary_path_class: type[TemporaryPath] | None = None,
     ) -> None:
         self._handler = wrap_legacy(handler)
-        self._multiprocessing_options = together = multiprocessing_options or MultiprocessingOptions()
+        self._multiprocessing_options = together = given_or_new(multiprocessing_options, MultiprocessingOptions)
         together.check_membership()
         self._operation_ids = processes.operation_ids(together)
         store = checkpoint_metadata_store
@@ -100,7 +101,7 @@ class Checkpointer:
         self._temporary_path_class = temporary_path_class or AtomicRenameTemporaryPath
         self._path_options: dict[str, Any] = {
             "checkpoint_metadata_store": self._store,
-            "file_options": file_options or FileOptions(),
+            "file_options": given_or_new(file_options, FileOptions),
             "multiprocessing_options": together,
         }
         self._is_primary = together.is_primary()
@@ -342,9 +343,7 @@ class AsyncCheckpointer(Checkpointer):
     """
 
     def __init__(self, handler: Any, *, timeout_secs: float = DEFAULT_TIMEOUT_SECS, **options: Any) -> None:
-        if timeout_secs <= 0:
-            raise InvalidArgumentError(f"timeout_secs is positive, got {timeout_secs}")
-        given = options.pop("multiprocessing_options", None) or MultiprocessingOptions()
+        given = given_or_new(options.pop("multiprocessing_options", None), MultiprocessingOptions)
         super().__init__(handler, multiprocessing_options=given.with_timeout(timeout_secs), **options)
         self._thread: threading.Thread | None = None
         self._is_idle = threading.Event()

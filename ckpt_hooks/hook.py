@@ -115,7 +115,7 @@ class CheckpointHook:
         self._grace = None if grace_secs is None else GracePeriod(grace_secs)
         self._warns = on_save_error == "warn"
         self._raises_preempted = raise_on_preemption
-        given = given_or_new(multiprocessing_options, MultiprocessingOptions, "multiprocessing_options")
+        given = given_or_new(multiprocessing_options, MultiprocessingOptions)
         self._processes = given.with_timeout(timeout_secs)
         self.manager = CheckpointManager(
             directory,

@@ -93,9 +93,9 @@ class CheckpointManager:
     ) -> None:
         self._run = RunDirectory(directory)
         self._retention = retention.Retention(keep)
-        given = given_or_new(multiprocessing_options, MultiprocessingOptions, "multiprocessing_options")
+        given = given_or_new(multiprocessing_options, MultiprocessingOptions)
         self._processes = given.with_timeout(timeout_secs)
-        files = given_or_new(file_options, FileOptions, "file_options")
+        files = given_or_new(file_options, FileOptions)
         self._decides = self._processes.is_primary()  # what clocks, listings and files say, for all processes
         options: Any = {"multiprocessing_options": self._processes, "file_options": files}
         array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)

@@ -16,6 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import ckpt_hooks
 from ckpt_hooks import (
+    AsyncCheckpointer,
+    Checkpointer,
     CheckpointHook,
     CheckpointManager,
     FileOptions,
@@ -23,6 +25,7 @@ from ckpt_hooks import (
     MultiprocessingOptions,
     RunAhead,
     ShuffledIndices,
+    StandardCheckpointHandler,
 )
 from ckpt_hooks.errors import (
     CheckpointError,
@@ -43,6 +46,30 @@ def run(tmp_path: Path) -> Path:
         manager.save(10, STATE)
         manager.save(20, STATE)
     return tmp_path / "run"
+
+
+# ------------------------------------------------------------------ of a checkpointer
+
+
+@pytest.mark.parametrize("timeout_secs", ["10", None, True, 0, -1, float("nan"), float("inf")])
+def test_what_bounds_no_wait_is_refused(tmp_path: Path, timeout_secs: Any) -> None:
+    """By its name, wherever it can be given."""
+    for make in (
+        lambda: AsyncCheckpointer(StandardCheckpointHandler(), timeout_secs=timeout_secs),
+        lambda: CheckpointManager(tmp_path, timeout_secs=timeout_secs),
+        lambda: CheckpointHook(tmp_path, timeout_secs=timeout_secs),
+    ):
+        with pytest.raises((InvalidArgumentError, InvalidArgumentTypeError), match=r"^timeout_secs is a"):
+            make()
+
+
+@pytest.mark.parametrize("checkpointer", [Checkpointer, AsyncCheckpointer])
+@pytest.mark.parametrize("option", ["multiprocessing_options", "file_options"])
+def test_options_of_another_kind_are_refused(checkpointer: type[Checkpointer], option: str) -> None:
+    """A dict of options, or another library's object, is told which class it has to be."""
+    given: dict[str, Any] = {option: {"timeout_secs": 3}}
+    with pytest.raises(InvalidArgumentTypeError, match=rf"{option} is a \w+, or None"):
+        checkpointer(StandardCheckpointHandler(), **given)
 
 
 # ------------------------------------------------------------------ paths
