@@ -359,3 +359,5 @@ def test_one_tree_of_a_checkpointer_has_a_record_too(tmp_path: Path) -> None:
         checkpointer.save(path, zoo.Moments(np.ones(2), (1, 2)))
     with CheckpointManager(tmp_path / "run") as manager:
         assert_same(zoo.Moments(np.ones(2), (1, 2)), manager.restore(typed=True))
+        with pytest.raises(InvalidArgumentError, match="which typed=True gives whole; leave items= out"):
+            manager.restore(items=("mean",), typed=True)
