@@ -263,11 +263,12 @@ def test_a_run_that_could_not_be_listed_is_not_taken_for_an_empty_one(
     with manager_of(tmp_path) as manager:
         with monkeypatch.context() as patch:
             patch.setattr(os, "listdir", refuse)
-            with pytest.raises(PermissionError):
+            with pytest.raises(PermissionError) as refused:
                 save_steps(manager, 3)
         with pytest.raises(InvalidArgumentError, match="has step 5 already"):
             save_steps(manager, 3)
         assert manager.steps() == [5]
+    assert refused.tb is not None  # kept until now, as a debugger does: the lock must not wait for it to go
 
 
 # ------------------------------------------------------------------ which stay

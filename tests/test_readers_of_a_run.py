@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ckpt_hooks.run
 from ckpt_hooks import CheckpointManager
-from ckpt_hooks.errors import CheckpointNotFoundError
+from ckpt_hooks.errors import CheckpointNotFoundError, IncompleteCheckpointError
 from ckpt_hooks.storage.checksums import FileChecksums
 
 
@@ -80,6 +81,19 @@ def test_a_step_that_goes_while_it_is_asked_for_was_not_found(
             with pytest.raises(CheckpointNotFoundError):
                 calls[ask]()
         save(writer, 20, force=True)
+
+
+def test_a_directory_that_goes_while_it_is_looked_at_was_not_found(
+    run: Path, writer: CheckpointManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another program removes in that moment is gone, and no save that was never committed."""
+    reader = CheckpointManager(run)
+    (run / "30").mkdir()
+    with pytest.raises(IncompleteCheckpointError):
+        reader.restore(step=30)
+    after_first(monkeypatch, ckpt_hooks.run, "is_directory", (run / "30").rmdir)
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint of step 30"):
+        reader.restore(step=30)
 
 
 @pytest.mark.parametrize("ask", ["metadata", "verify", "best_step", "restore"])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import checksums, layout, reader, slices, writer
-from ckpt_hooks.storage.checksums import ArrayChecksums
+from ckpt_hooks.storage.checksums import ArrayChecksums, PieceTable
 from ckpt_hooks.storage.memory import aligned_memory, host_bytes
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.regions import Region, shape_of, slices_of, whole
@@ -225,6 +225,16 @@ def test_the_files_of_a_process_from_another_step_are_noticed(tmp_path: Path) ->
     with pytest.raises(CorruptCheckpointError, match=r"_ARRAY_CHECKSUMS\.1: checksum"):
         Database(str(ours)).read(["a"])
     Database(str(ours)).read_regions({"a": [((0, 256), (0, 512))]})  # which is all in the first process's file
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 5), (5, 25), (15, 18), (10, 20), (20, 41), (45, 50)])
+def test_bytes_without_a_checksum_are_an_error(start: int, end: int) -> None:
+    """Before, between and behind the pieces that were summed; what they cover whole is found."""
+    table = PieceTable(np.array([(5, 10, 1), (20, 10, 2), (30, 10, 3)], checksums.PIECE))
+    first, stop = table.covering(np.array([5, 21]), np.array([15, 40]), "data")
+    assert (first.tolist(), stop.tolist()) == ([0, 1], [1, 3])
+    with pytest.raises(CorruptCheckpointError, match=f"data: no checksum covers the bytes from {start} to {end}"):
+        table.covering(np.array([5, start]), np.array([15, end]), "data")
 
 
 @pytest.mark.parametrize("chunk_shape", [(4096, 4096), (512, 4096), (64, 4096), (4096, 4)])
