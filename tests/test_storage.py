@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
@@ -144,6 +146,42 @@ def test_an_array_that_the_index_lacks_is_damage(tmp_path: Path) -> None:
     write_item(tmp_path / "i", {"a": np.arange(10_000)})
     with pytest.raises(CorruptCheckpointError, match="no array 'b'"):
         Database(str(tmp_path / "i")).info("b")
+
+
+def sealed(content: bytes) -> bytes:
+    return content + struct.pack("<I", google_crc32c.value(content))
+
+
+def node(body: bytes, compression: int = 0) -> bytes:
+    header = bytearray(ocdbt.node_header(len(body)))
+    header[-1] = compression
+    return sealed(bytes(header) + body)
+
+
+def test_an_index_that_verifies_and_is_not_ours_is_refused() -> None:
+    """Whoever wrote it: a node that is compressed, or ends in the middle of its keys, has no values that we know."""
+    body = ocdbt.node_prefix([b"a/.zarray", b"a/0"], [5, 0], [], [False, False], []) + b"value"
+    assert ocdbt.decode_node(node(body)).keys == [b"a/.zarray", b"a/0"]
+    with pytest.raises(CorruptCheckpointError, match="node is compressed"):
+        ocdbt.decode_node(node(body, compression=1))
+    keys = body.index(b"a/.zarray")
+    with pytest.raises(CorruptCheckpointError, match="node is cut off"):
+        ocdbt.decode_node(node(body[: keys + 5]))
+
+
+@pytest.mark.parametrize("shape", [1000, 3000])
+def test_a_chunk_that_is_not_as_long_as_its_array_is_refused(tmp_path: Path, shape: int) -> None:
+    """An index may verify and contradict itself: the array would be cut, or reach behind what was read."""
+    write_item(tmp_path / "i", {"w": np.zeros(2000, np.uint8)})
+    data = tmp_path / "i" / layout.data_file_name(0)
+    content = data.read_bytes().replace(b"[2000]", b"[%d]" % shape)
+    start = content.rindex(ocdbt.node_header(0)[:4])
+    (nbytes,) = struct.unpack_from("<Q", content, start + 4)
+    data.write_bytes(content[:start] + sealed(content[start : start + nbytes - 4]) + content[start + nbytes :])
+    database = Database(str(tmp_path / "i"), verify=False)
+    assert database.info("w").shape == (shape,)
+    with pytest.raises(CorruptCheckpointError, match="a length that is not their array's"):
+        database.read(["w"])
 
 
 def test_every_flipped_bit_of_an_item_is_found_or_harmless(tmp_path: Path) -> None:
