@@ -233,6 +233,16 @@ def test_without_verification_nothing_is_checked(tmp_path: Path) -> None:
     assert Database(str(tmp_path / "i"), verify=False).read(["w"])["w"].sum() == 1
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_a_file_lacks_is_not_made_up(tmp_path: Path, verify: bool) -> None:
+    """A file that was cut after its index was read is an error that says where, also where nothing is verified."""
+    write_item(tmp_path / "i", {"w": np.ones(2000, np.uint8)})
+    database = Database(str(tmp_path / "i"), verify=verify)
+    os.truncate(tmp_path / "i" / layout.data_file_name(0), 1500)
+    with pytest.raises(CorruptCheckpointError, match="is cut off at byte 1500"):
+        database.read(["w"])
+
+
 def test_memory_of_restored_arrays_is_aligned(tmp_path: Path) -> None:
     """Arrays are at multiples of 64 bytes, where JAX on CPU takes them without a copy."""
     arrays = {f"w{i}": np.arange(100 + i * 37, dtype=np.float32) for i in range(20)} | {"s": np.arange(2)}
