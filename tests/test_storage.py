@@ -60,6 +60,17 @@ def test_a_column_of_integers_is_that_of_each_integer(values: list[int]) -> None
     assert (found.tolist(), end) == (values, 1 + len(encoded))
 
 
+@pytest.mark.parametrize("num", [2, 3, 100])
+@pytest.mark.parametrize(
+    ("last", "told"), [(b"", "in the middle of"), (b"\x80", "in the middle of"), (b"\xff" * 10 + b"\1", "than 64 bits")]
+)
+def test_integers_that_end_nowhere_are_an_error(num: int, last: bytes, told: str) -> None:
+    """Of few, which are read one by one, and of many, which are read together."""
+    encoded = varints.encode_varints(range(num - 1)) + last
+    with pytest.raises(CorruptCheckpointError, match=told):
+        varints.decode_varints(np.frombuffer(encoded, np.uint8), 0, num)
+
+
 @given(st.lists(st.binary(max_size=6).filter(lambda key: b"\0" not in key), unique=True).map(sorted))
 def test_shared_prefixes_are_counted(keys: list[bytes]) -> None:
     """The common prefix of neighbouring keys is counted to the byte."""
