@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ckpt_hooks
-from attacks.mutations import EFFECTS, EQUIVALENT, Judge, Mutation, all_mutations, mutations_of, read_known
+from attacks.mutations import EFFECTS, EQUIVALENT, KNOWN, Judge, Mutation, all_mutations, mutations_of, read_known
 from attacks.passages import Passage, Passages, through
 from attacks.trials import Copy, record
 
@@ -128,6 +128,18 @@ def test_who_noticed_in_an_earlier_run_is_asked_first(tmp_path: Path) -> None:
 def test_what_is_said_to_be_equivalent_is_there() -> None:
     """A reason is given for mutations that there are, and for no others."""
     assert set(EQUIVALENT) <= {str(mutation) for mutation in all_mutations(PACKAGE)}
+
+
+def test_the_table_of_safeties_names_what_there_is() -> None:
+    """Each row of docs/safeties.md is a safety of the library as it is now, and the test that it names is there."""
+    known = read_known(KNOWN)
+    rows = {mutation.row for mutation in all_mutations(PACKAGE)}
+    assert [row for row in known if row not in rows] == []
+    for test in known.values():
+        if test.startswith("equivalent"):
+            continue
+        file, name = test.partition("[")[0].split("::")
+        assert f"def {name}(" in (KNOWN.parents[1] / file).read_text(), test
 
 
 def find(code: str) -> Mutation:

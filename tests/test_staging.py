@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from ckpt_hooks import (
     CheckpointManager,
     StandardCheckpointHandler,
 )
+from ckpt_hooks.errors import SaveFailedError
 from ckpt_hooks.handlers import pytree
 from ckpt_hooks.storage import writer
 from ckpt_hooks.storage.memory import aligned_memory
@@ -169,6 +172,27 @@ def test_memory_is_used_again_by_the_next_save() -> None:
     memory.release(owner, first)
     assert memory.take(4 * MIB) is first
     assert memory.take(4 * MIB) is not first, "one memory, one save"
+
+
+def test_saves_in_the_background_take_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a save has copied into goes to the next one, also when one between them failed."""
+    taken: list[int] = []
+
+    def counting(nbytes: int) -> Any:
+        taken.append(nbytes)
+        return aligned_memory(nbytes)
+
+    monkeypatch.setattr(writer, "aligned_memory", counting)
+    state = {"w": np.ones(MIB // 8), "v": np.ones(MIB // 4)}
+    with AsyncCheckpointer(StandardCheckpointHandler()) as checkpointer:
+        for number in range(4):
+            with monkeypatch.context() as patch:
+                if number == 1:
+                    patch.setattr(os, "pwrite", lambda *_: 0)
+                checkpointer.save(tmp_path / str(number), state)
+                with pytest.raises(SaveFailedError) if number == 1 else contextlib.nullcontext():
+                    checkpointer.wait_until_finished()
+    assert taken == [3 * MIB]
 
 
 def test_memory_that_is_too_small_is_given_up() -> None:

@@ -293,6 +293,34 @@ def test_a_file_system_without_preallocation_is_written_all_the_same(
     assert_equal(Database(str(tmp_path / "i")).read(["a"]), arrays)
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_without_the_space_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Where `posix_fallocate` says that the file will not fit, or that the disk fails, not a byte is written."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def write(descriptor: int, content: memoryview, offset: int) -> int:
+        written.append((descriptor, offset))
+        return len(content)
+
+    written: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(os, "pwrite", write)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        write_item(tmp_path / "i", {"a": np.arange(700_000)})
+    assert written == []
+
+
+def test_a_write_that_takes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that neither writes nor fails is not asked for ever."""
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="takes no more bytes"):
+        write_item(tmp_path / "i", {"a": np.arange(700)})
+
+
 def test_a_failing_write_is_raised_and_closes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in one of the writing threads comes out of the call, after all threads have stopped."""
 
