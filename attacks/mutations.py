@@ -7,8 +7,8 @@
 Works on a copy of the repository. A mutation removes one thing, found in the syntax tree: a call that syncs, renames,
 locks, waits or checks; a check whose answer becomes "all is well"; or an `if` that raises. The tests run once to see
 which of them passes through which line, so that no module can be forgotten (`--passages` keeps that in a folder). Then,
-for each mutation, those that pass there run until the first that fails; with `--known=FILE`, where FILE has what an
-earlier run printed, the one that noticed it then goes first. One that survives is a safety that nobody would miss: exit
+for each mutation, those that pass there run until the first that fails; the one that noticed it in an earlier run goes
+first, if it stands in what that run printed (`--known`). One that survives is a safety that nobody would miss: exit
 code 1; but for those in `EQUIVALENT`, whose absence nobody could tell, each with its reason.
 """
 
@@ -33,9 +33,10 @@ from attacks.forked import run_forked
 from attacks.passages import Passage, Passages, read_passages, through
 from attacks.trials import REPOSITORY, TEST_SECS, Copy, import_what_tests_need, record
 
-__all__ = ["Judge", "Mutation", "all_mutations", "mutations_of", "read_known"]
+__all__ = ["KNOWN", "Judge", "Mutation", "all_mutations", "mutations_of", "read_known"]
 
 PACKAGE = "ckpt_hooks"
+KNOWN = REPOSITORY / "docs" / "safeties.md"
 _FEW = 30  # tests that run first, so that others need not even be imported
 _PATIENCE_SECS = 150.0  # of tests for one mutation, by what they took when they were recorded
 _QUICK_SECS, _SLOWER = 30.0, 10.0  # a test that took a second does not end if it takes 40
@@ -279,7 +280,7 @@ def _file_of(test: str) -> str:
 
 def read_known(path: Path) -> dict[str, str]:
     """{row of a mutation: the test that noticed it}, from what an earlier run has printed."""
-    rows = (line.rpartition(" | ") for line in path.read_text().splitlines() if line.startswith("| "))
+    rows = (line.rpartition(" | ") for line in path.read_text().splitlines() if "` | `" in line)
     return {row: told.removesuffix(" |").partition(" (")[0] for row, _, told in rows}
 
 
@@ -294,7 +295,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side (default: one a processor)")
     parser.add_argument("--passages", type=Path, help="where to keep, or find, which test passes through which line")
-    parser.add_argument("--known", type=Path, help="what an earlier run has printed")
+    parser.add_argument("--known", type=Path, default=KNOWN, help="what an earlier run has printed (%(default)s)")
     args = parser.parse_args()
     mutations = [mutation for mutation in all_mutations(REPOSITORY / PACKAGE) if args.only in str(mutation)]
     if args.sample is not None and args.sample < len(mutations):
@@ -310,7 +311,7 @@ def main() -> int:
         import_what_tests_need()
         begin_secs = time.monotonic()
         shares = [mutations[number :: args.jobs] for number in range(min(args.jobs, len(mutations)))]
-        known = read_known(args.known) if args.known else {}
+        known = read_known(args.known)
         tasks = [functools.partial(_try_all, share, passages, known) for share in shares]
         verdicts = sum(run_forked(tasks), Counter[str]())
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
