@@ -131,7 +131,7 @@ def test_next_save_waits_for_the_one_before(
     """A second save begins only when the first is committed."""
     handler.gate.clear()
     checkpointer.save(tmp_path / "1", "a")
-    threading.Timer(0.05, handler.gate.set).start()
+    threading.Timer(0.5, handler.gate.set).start()
     checkpointer.save(tmp_path / "2", "b")
     assert (tmp_path / "1" / "commit_success.txt").exists()
     checkpointer.wait_until_finished()

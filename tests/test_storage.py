@@ -180,6 +180,18 @@ def test_an_index_that_verifies_and_is_not_ours_is_refused() -> None:
         ocdbt.decode_node(node(body[: keys + 5]))
 
 
+def test_a_manifest_of_several_versions_is_not_ours() -> None:
+    """We write one version of a database; which of two would be the saved one, nobody could tell."""
+    child = ocdbt.Child(b"", "d/0", 10, 100, 2, 0, 0)
+    manifest = ocdbt.manifest_template(ocdbt.Root(child, 0))
+    assert ocdbt.decode_manifest(sealed(manifest)) == ocdbt.Root(child, 0)
+    behind = 1 + 1 + 1 + 5 + 1 + 8  # generation, height, file, the child's numbers, no older versions, commit time
+    at = len(manifest) - behind - 1
+    assert manifest[at] == 1
+    with pytest.raises(CorruptCheckpointError, match="2 versions"):
+        ocdbt.decode_manifest(sealed(manifest[:at] + b"\2" + manifest[at + 1 :]))
+
+
 @pytest.mark.parametrize("shape", [1000, 3000])
 def test_a_chunk_that_is_not_as_long_as_its_array_is_refused(tmp_path: Path, shape: int) -> None:
     """An index may verify and contradict itself: the array would be cut, or reach behind what was read."""

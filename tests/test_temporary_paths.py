@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,23 @@ KINDS = [AtomicRenameTemporaryPath, CommitFileTemporaryPath]
 def temporary_of(path: Path, kind: Any = AtomicRenameTemporaryPath, **options: Any) -> Any:
     store = metadata_store(enable_write=True, blocking_write=True)
     return kind.from_final(path, checkpoint_metadata_store=store, **options)
+
+
+def test_others_are_told_what_they_will_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is that of the written metadata, also where a store writes them in the background."""
+    replace_file = commit.replace_file
+
+    def late(*positional: Any, **keywords: Any) -> None:
+        time.sleep(0.3)
+        replace_file(*positional, **keywords)
+
+    monkeypatch.setattr(commit, "replace_file", late)
+    with contextlib.closing(metadata_store(enable_write=True)) as store:
+        path = AtomicRenameTemporaryPath.from_final(tmp_path / "c", checkpoint_metadata_store=store)
+        path.create()
+        told = path.token()
+    assert told
+    assert told == path.token()
 
 
 def commit_text(path: Path, text: str, kind: Any = AtomicRenameTemporaryPath, *, replaces: bool = False) -> None:
