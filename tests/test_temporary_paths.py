@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ckpt_hooks import (
     AtomicRenameTemporaryPath,
     CommitFileTemporaryPath,
     FileOptions,
+    MetadataStore,
     StepMetadata,
     errors,
     metadata_store,
@@ -38,8 +40,9 @@ def temporary_of(path: Path, kind: Any = AtomicRenameTemporaryPath, **options: A
     return kind.from_final(path, checkpoint_metadata_store=store, **options)
 
 
-def test_others_are_told_what_they_will_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token is that of the written metadata, also where a store writes them in the background."""
+@pytest.fixture
+def slow_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataStore]:
+    """One that writes in the background, after a while."""
     replace_file = commit.replace_file
 
     def late(*positional: Any, **keywords: Any) -> None:
@@ -48,11 +51,26 @@ def test_others_are_told_what_they_will_find(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(commit, "replace_file", late)
     with contextlib.closing(metadata_store(enable_write=True)) as store:
-        path = AtomicRenameTemporaryPath.from_final(tmp_path / "c", checkpoint_metadata_store=store)
-        path.create()
-        told = path.token()
+        yield store
+
+
+def test_others_are_told_what_they_will_find(tmp_path: Path, slow_store: MetadataStore) -> None:
+    """The token is that of the written metadata, also where a store writes them in the background."""
+    path = AtomicRenameTemporaryPath.from_final(tmp_path / "c", checkpoint_metadata_store=slow_store)
+    path.create()
+    told = path.token()
     assert told
+    slow_store.wait_until_finished()
     assert told == path.token()
+
+
+def test_nothing_is_written_into_what_is_discarded(tmp_path: Path, slow_store: MetadataStore) -> None:
+    """A store that writes in the background is done before the directory goes: it neither fails nor makes it anew."""
+    path = AtomicRenameTemporaryPath.from_final(tmp_path / "c", checkpoint_metadata_store=slow_store)
+    path.create()
+    path.discard()
+    slow_store.wait_until_finished()
+    assert os.listdir(tmp_path) == []
 
 
 def commit_text(path: Path, text: str, kind: Any = AtomicRenameTemporaryPath, *, replaces: bool = False) -> None:
