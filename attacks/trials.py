@@ -87,7 +87,7 @@ class Copy:
             text = output.read_text(errors="replace") if output.exists() else ""
         if status == 0:
             return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", text, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", text, re.MULTILINE)
         if failed:
             return failed[1] + (" (does not end)" if "Failed: Timeout" in text else "")
         begun = re.findall(r"^(tests/\S+) ", text, re.MULTILINE)

@@ -300,8 +300,15 @@ def test_background_store_returns_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert store.read(tmp_path / "m") == {"a": 1, "b": 2}
 
 
-def test_failure_in_the_background_is_raised_when_all_is_done(tmp_path: Path) -> None:
+def test_failure_in_the_background_is_raised_when_all_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting raises the first error, once, after everything that was asked for has ended."""
+    replace_file = commit.replace_file
+
+    def slowly(*positional: Any, **keywords: Any) -> None:
+        time.sleep(0.2)
+        replace_file(*positional, **keywords)
+
+    monkeypatch.setattr(commit, "replace_file", slowly)
     store = metadata_store(enable_write=True)
     store.write(tmp_path / "missing" / "m", {})
     store.write(tmp_path / "m", {"a": 1})
