@@ -11,6 +11,7 @@ failure is shrunk to the shortest life that shows it, and is exit code 1.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import logging
 import math
@@ -31,6 +32,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from attacks.forked import run_forked
 from attacks.history_check import Keep
 from attacks.model import Model, Saved
 from attacks.states import same, state_of
@@ -54,6 +56,7 @@ KEEPS = st.builds(Keep, st.sampled_from([None, 1, 2, 4]), st.sampled_from([None,
 DAMAGES = st.sampled_from(["flip data", "cut data", "no item", "no tree", "flip index"])
 TEMPORARY = ".orbax-checkpoint-tmp"
 operations: Counter[str] = Counter()
+_BATCH_RUNS = 250  # in one process: Hypothesis remembers them all, and each collection looks through its memory
 
 
 class RunMachine(RuleBasedStateMachine):
@@ -395,34 +398,51 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000, help="lives to try (default: 10,000)")
     parser.add_argument("--steps", type=int, default=25, help="operations of a life, at most (default: 25)")
-    parser.add_argument("--seed", type=int, default=0, help="of Hypothesis (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of Hypothesis, for the first lives (default: 0)")
     parser.add_argument("--no-shrink", action="store_true", help="show the first life that fails, however long it is")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a processor")
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    begin_secs = time.monotonic()
+    tasks = [
+        functools.partial(
+            _live, min(_BATCH_RUNS, args.runs - begun), args.steps, args.seed + number, not args.no_shrink
+        )
+        for number, begun in enumerate(range(0, args.runs, _BATCH_RUNS))
+    ]
+    failed, counts = False, Counter[str]()
+    while tasks and not failed:
+        ended = run_forked(tasks[: args.processes])
+        tasks = tasks[args.processes :]
+        failed = any(has_failed for has_failed, _ in ended)
+        counts.update(sum((counted for _, counted in ended), Counter[str]()))
+    taken_secs = time.monotonic() - begin_secs
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+    print(f"{args.runs:,} runs, {counts.total():,} operations in {taken_secs:.0f} s: {told}")
+    print("differs from the model: see above" if failed else "all as the model says")
+    return int(failed)
+
+
+def _live(runs: int, steps: int, seed: int, shrinks: bool) -> tuple[bool, Counter[str]]:
+    """Whether one of so many lives differs from the model, and the operations of all of them."""
+    operations.clear()
     gc.freeze()  # what was imported is not looked through by each collection
-    phases = [phase for phase in hypothesis.Phase if not (args.no_shrink and phase.name in ("shrink", "explain"))]
     settings = hypothesis.settings(
-        max_examples=args.runs,
-        stateful_step_count=args.steps,
+        max_examples=runs,
+        stateful_step_count=steps,
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=False,
-        phases=phases,
+        phases=[phase for phase in hypothesis.Phase if shrinks or phase.name not in ("shrink", "explain")],
     )
-    begin_secs = time.monotonic()
-    machine: Any = hypothesis.seed(args.seed)(RunMachine)
+    machine: Any = hypothesis.seed(seed)(RunMachine)
     try:
         run_state_machine_as_test(machine, settings=settings)
-        failed = False
     except Exception:
         sys.excepthook(*sys.exc_info())
-        failed = True
-    taken_secs = time.monotonic() - begin_secs
-    counts = ", ".join(f"{count:,} {name}" for name, count in operations.most_common())
-    print(f"{args.runs:,} runs, {operations.total():,} operations in {taken_secs:.0f} s: {counts}")
-    print("differs from the model: see above" if failed else "all as the model says")
-    return int(failed)
+        return True, operations
+    return False, operations
 
 
 if __name__ == "__main__":
