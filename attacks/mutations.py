@@ -86,7 +86,7 @@ EQUIVALENT: dict[str, str] = {
     "run.py RunDirectory._replace_files: commit.sync_directory(path) -> pass": (
         "the metadata, which are replaced next, sync the same directory; until then the checksums accept either"
     ),
-    "run.py RunDirectory.unlock: self._lock.release() -> pass": "the lock is forgotten next, and gives itself back then",
+    "run.py RunDirectory.unlock: self._lock.release() -> pass": "the lock is forgotten next, which releases it",
     "storage/commit.py _take_back: sync_directory(os.path.dirname(final)) -> pass": (
         "what a power cut undoes is done again at the next start"
     ),
