@@ -19,6 +19,7 @@ import functools
 import os
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -111,6 +112,9 @@ def _time_state(
 
 # ------------------------------------------------------------------ kept checkpoints
 
+# No process starts within the tick of the clock in which the directory changed last; if one did, it would list twice.
+_TICK_SECS = 0.02
+
 
 def _of_runs(sizes: Sequence[int], options: Options) -> Series:
     series: Series = {}
@@ -125,7 +129,11 @@ def _of_runs(sizes: Sequence[int], options: Options) -> Series:
 
 def _time_run(run: str, state: State, size: int, options: Options) -> dict[str, float]:
     like, median_ms = abstract(state), functools.partial(_median_ms, options.rounds)
-    remove_next = functools.partial(shutil.rmtree, os.path.join(run, str(size + 1)))
+
+    def remove_next() -> None:
+        shutil.rmtree(os.path.join(run, str(size + 1)))
+        time.sleep(_TICK_SECS)
+
     with CheckpointManager(run) as manager:
         assert manager.latest_step() == size
         return {
