@@ -337,7 +337,8 @@ def _try_all(mutations: list[Mutation], passages: Passages, known: Mapping[str, 
     with tempfile.TemporaryDirectory(prefix="mutated-", ignore_cleanup_errors=True) as folder:
         copy = Copy(Path(folder))
         judge = Judge(copy, passages, known)
-        broken = copy.first_failure([passage.test for passage in passages[:_FEW]])
+        asked = {known.get(mutation.row) for mutation in mutations} | {passage.test for passage in passages[:_FEW]}
+        broken = copy.first_failure([passage.test for passage in passages if passage.test in asked])
         if broken:
             raise RuntimeError(f"{broken} fails though nothing has been removed")
         for mutation in mutations:
