@@ -59,7 +59,7 @@ class CheckpointHook:
       keep: which checkpoints stay; see `CheckpointManager`.
       save_on_preemption: whether one of `preemption_signals` makes the next call save, wait for the commit, and
         raise `Preempted`. A second signal ends the process at once.
-      raise_on_preemption: whether that call raises; if not, `preempted` is True and the loop has to end itself.
+      raise_on_preemption: whether that call raises; if not, ``if hook(step, state) and hook.preempted: break`` leaves.
       preemption_signals: which signals ask the process to stop. With several processes of `jax.distributed`, it is
         enough that one of them gets one: all save the same step and leave.
       grace_secs: how long after the signal the process will be killed; a log line warns as soon as it is known that
@@ -342,6 +342,8 @@ class CheckpointHook:
     @property
     def preempted(self) -> bool:
         """Whether the process has been asked to stop; to be polled in a long evaluation or a warm-up, for example.
+
+        The signal may come right after a call that had nothing to save: only the next call answers it.
 
         With several processes it is enough that one of them was asked, and all are told at the same poll or call of
         the hook, so that no process leaves a loop alone. So all have to poll equally often.

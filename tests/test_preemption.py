@@ -53,7 +53,7 @@ with CheckpointHook(directory, every_n_steps=7 if mode == "fast" else 1000, keep
         if mode == "fast" and saved and step % 3 == 0:
             hook.wait()
             print("committed", step, flush=True)
-        if mode == "polled" and hook.preempted:
+        if mode == "polled" and saved and hook.preempted:
             print("leaving", step, saved, flush=True)
             break
         if mode != "fast":
