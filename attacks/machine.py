@@ -412,10 +412,10 @@ def main() -> int:
     ]
     failed, counts = False, Counter[str]()
     while tasks and not failed:
-        ended = run_forked(tasks[: args.processes])
+        for has_failed, counted in run_forked(tasks[: args.processes]):
+            failed |= has_failed
+            counts.update(counted)
         tasks = tasks[args.processes :]
-        failed = any(has_failed for has_failed, _ in ended)
-        counts.update(sum((counted for _, counted in ended), Counter[str]()))
     taken_secs = time.monotonic() - begin_secs
     told = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
     print(f"{args.runs:,} runs, {counts.total():,} operations in {taken_secs:.0f} s: {told}")

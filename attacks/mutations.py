@@ -231,7 +231,7 @@ class Judge:
         self._copy = copy
         self._passages = passages
         self._known = known or {}
-        self._noticed = Counter[tuple[str, str]]()  # (module, file of tests): how often
+        self._noticed = set[tuple[str, str]]()  # (module, file of tests)
 
     def killer(self, mutation: Mutation) -> str:
         """The test that fails without it; "" if none does."""
@@ -242,7 +242,7 @@ class Judge:
             for batch in (few, tests[:_FEW], tests[_FEW:]):
                 failed = self._first_failure(batch) if batch else ""
                 if failed:
-                    self._noticed[mutation.module, _file_of(failed)] += 1
+                    self._noticed.add((mutation.module, _file_of(failed)))
                     return failed
         return ""
 

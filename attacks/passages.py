@@ -153,12 +153,12 @@ class _Plugin:
         _tracer.seen = set()
         _tracer.start()
         file = item.nodeid.partition("::")[0]
-        begin_secs, shared_secs = time.monotonic(), self._shared_secs[file]
+        begin_secs, before_secs = time.monotonic(), self._shared_secs[file]
         try:
             return (yield)
         finally:
             sys.settrace(None)
-            shared_secs, before_secs = self._shared_secs[file], shared_secs
+            shared_secs = self._shared_secs[file]
             took_secs = time.monotonic() - begin_secs - (shared_secs - before_secs)
             lines = [*_tracer.lines(), *self._of_children(), *self._shared.get(file, [])]
             seen = {"test": item.nodeid, "took_secs": took_secs, "shared_secs": shared_secs, "lines": lines}

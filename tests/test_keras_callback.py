@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ckpt_hooks import CheckpointHook, CheckpointManager, Preempted
 from ckpt_hooks.keras_callback import CheckpointCallback
 from ckpt_hooks.storage import commit
 from examples.digits.data import load_digits
+from tests.faulty import delay
 
 NUM_EXAMPLES, BATCH_SIZE, EPOCHS = 208, 32, 3
 NUM_BATCHES = 7  # the last one has 16 examples
@@ -177,13 +177,7 @@ def test_finished_fit_goes_on_to_more_epochs(tmp_path: Path, uninterrupted: Any)
 
 def test_the_end_of_fit_waits_for_its_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When `fit` returns, the last step is committed, however slow the disk is."""
-    publish = commit.publish
-
-    def publish_late(*arguments: Any, **keywords: Any) -> None:
-        time.sleep(0.5)
-        publish(*arguments, **keywords)
-
-    monkeypatch.setattr(commit, "publish", publish_late)
+    delay(monkeypatch, commit, "publish", secs=0.5)
     model = make_model()
     with CheckpointHook(tmp_path) as hook:
         model.fit(X, Y, batch_size=BATCH_SIZE, epochs=1, verbose=0, callbacks=[CheckpointCallback(hook)])

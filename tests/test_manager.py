@@ -38,6 +38,7 @@ from ckpt_hooks.errors import (
     StructureMismatchError,
     UnsupportedLeafError,
 )
+from tests.faulty import fail_reads
 from tests.stateful import Counter
 
 Make = Callable[..., CheckpointManager]
@@ -746,14 +747,7 @@ def test_a_single_fault_of_the_file_system_costs_no_step(
     """The newest checkpoint is read once more after an EIO, and passed over only when that fails as well."""
     manager = make()
     save_steps(manager, 5, 10)
-    preadv, faults = os.preadv, iter(range(times))
-
-    def failing(*arguments: Any) -> int:
-        if next(faults, None) is not None:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(*arguments)
-
-    monkeypatch.setattr(os, "preadv", failing)
+    fail_reads(monkeypatch, errno.EIO, times)
     with caplog.at_level(logging.WARNING, "ckpt_hooks"):
         assert_is_state_at(found, manager.restore(state_at(0)))
     assert "step 10" in messages(caplog, logging.WARNING)[0]
@@ -767,14 +761,7 @@ def test_what_the_user_can_mend_is_neither_a_fault_nor_damage(
     """Too many open files, or a file that one may not read, is told at once; nothing is read again or passed over."""
     manager = make()
     save_steps(manager, 5, 10)
-    preadv, faults = os.preadv, iter(range(1))
-
-    def failing(*arguments: Any) -> int:
-        if next(faults, None) is not None:
-            raise OSError(code, os.strerror(code))
-        return preadv(*arguments)
-
-    monkeypatch.setattr(os, "preadv", failing)
+    fail_reads(monkeypatch, code, times=1)
     with pytest.raises(OSError, match=os.strerror(code)):
         manager.restore(state_at(0))
     assert_is_state_at(10, manager.restore(state_at(0)))

@@ -22,6 +22,7 @@ from etils import epath
 from ckpt_hooks import MetadataStore, StepMetadata, errors, metadata_store
 from ckpt_hooks.metadata import METADATA_FILE, check_custom_metadata, read_step_metadata, to_json_numbers
 from ckpt_hooks.storage import commit
+from tests.faulty import delay
 
 FULL: dict[str, Any] = {
     "item_handlers": {"params": "some.Handler"},
@@ -302,13 +303,7 @@ def test_background_store_returns_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_failure_in_the_background_is_raised_when_all_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting raises the first error, once, after everything that was asked for has ended."""
-    replace_file = commit.replace_file
-
-    def slowly(*positional: Any, **keywords: Any) -> None:
-        time.sleep(0.2)
-        replace_file(*positional, **keywords)
-
-    monkeypatch.setattr(commit, "replace_file", slowly)
+    delay(monkeypatch, commit, "replace_file", secs=0.2)
     store = metadata_store(enable_write=True)
     store.write(tmp_path / "missing" / "m", {})
     store.write(tmp_path / "m", {"a": 1})

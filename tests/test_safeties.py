@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +29,7 @@ from ckpt_hooks.temporary_paths import (
     NestedTemporaryPath,
     TemporaryPath,
 )
+from tests.faulty import delay
 
 STATE = {"params": np.arange(500.0), "step": 1}
 
@@ -166,13 +165,7 @@ def test_an_item_does_not_take_a_file_for_its_directory(tmp_path: Path) -> None:
 
 def test_a_slow_background_store_is_sealed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The metadata is all there before its checksum is taken, however long a store that does not block needs."""
-    replace = commit.replace_file
-
-    def slowly(path: str, data: str, **options: Any) -> None:
-        time.sleep(0.1)
-        replace(path, data, **options)
-
-    monkeypatch.setattr(commit, "replace_file", slowly)
+    delay(monkeypatch, commit, "replace_file", secs=0.1)
     store = metadata_store(enable_write=True, blocking_write=False)
     with AsyncCheckpointer(StandardCheckpointHandler(), checkpoint_metadata_store=store) as checkpointer:
         checkpointer.save(tmp_path / "7", STATE, custom_metadata={"epoch": 1})

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ckpt_hooks import (
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_committed, is_temporary
+from tests.faulty import delay
 
 MARKER = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
@@ -43,13 +43,7 @@ def temporary_of(path: Path, kind: Any = AtomicRenameTemporaryPath, **options: A
 @pytest.fixture
 def slow_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataStore]:
     """One that writes in the background, after a while."""
-    replace_file = commit.replace_file
-
-    def late(*positional: Any, **keywords: Any) -> None:
-        time.sleep(0.3)
-        replace_file(*positional, **keywords)
-
-    monkeypatch.setattr(commit, "replace_file", late)
+    delay(monkeypatch, commit, "replace_file", secs=0.3)
     with contextlib.closing(metadata_store(enable_write=True)) as store:
         yield store
 

@@ -1,0 +1,34 @@
+"""Functions that are slow or fail, in the place of those that a test's subject calls."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+
+__all__ = ["delay", "fail_reads"]
+
+
+def delay(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, secs: float) -> None:
+    """Each call of `owner.name` begins that much later."""
+    call = getattr(owner, name)
+
+    def late(*positional: Any, **keywords: Any) -> Any:
+        time.sleep(secs)
+        return call(*positional, **keywords)
+
+    monkeypatch.setattr(owner, name, late)
+
+
+def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
+    """The next so many calls of `os.preadv` fail with this errno."""
+    preadv, faults = os.preadv, iter(range(times))
+
+    def failing(*arguments: Any) -> int:
+        if next(faults, None) is not None:
+            raise OSError(code, os.strerror(code))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
