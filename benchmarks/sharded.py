@@ -36,8 +36,8 @@ def compare(folder: Path, workload: str, scale: float, rounds: int) -> tuple[str
     restores = {saver.name: functools.partial(_restore, saver, path, state) for path, saver in everybody.items()}
     state_bytes = num_bytes(state) // jax.process_count()
     return describe(state), {
-        **alternate(saves, rounds, warm_ups=0, state_bytes=state_bytes),
-        **alternate(restores, rounds, warm_ups=0, state_bytes=state_bytes),
+        **alternate(saves, rounds, warm_ups=0, state_bytes=state_bytes, num_processes=jax.process_count()),
+        **alternate(restores, rounds, warm_ups=0, state_bytes=state_bytes, num_processes=jax.process_count()),
     }
 
 
