@@ -81,6 +81,8 @@ class Checkpointer:
     {'w': array([0., 1., 2.])} {'epoch': 1}
     """
 
+    _goes_on = False  # whether training does while a save is written
+
     def __init__(
         self,
         handler: Any,
@@ -95,7 +97,7 @@ class Checkpointer:
         together.check_membership()
         self._operation_ids = processes.operation_ids(together)
         store = checkpoint_metadata_store
-        if store is not None and not store.is_blocking_writer and not isinstance(self, AsyncCheckpointer):
+        if store is not None and not store.is_blocking_writer and not self._goes_on:
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
         self._store = store or metadata_store(enable_write=together.is_primary(), blocking_write=True)
         self._temporary_path_class = temporary_path_class or AtomicRenameTemporaryPath
@@ -108,7 +110,6 @@ class Checkpointer:
         self._store_blocks = self._store.is_blocking_writer
         self._is_alone, rank = processes.count() == 1, together.writers().ranks[processes.index()]
         self._is_others = None if self._is_alone else functools.partial(is_of_another, rank)
-        self._goes_on = isinstance(self, AsyncCheckpointer)  # whether training does while a save is written
         self._barrier_prefix = together.key("")
         self._barriers = functools.lru_cache(2)(functools.partial(OperationBarriers, options=together))
         self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
@@ -152,8 +153,7 @@ class Checkpointer:
 
         Args:
           args: what to save, or what `stage` has made of it.
-          options: `force` and `custom_metadata` as in `save`; `metrics`, recorded beside them; and
-            `on_commit`, called in the primary process after the commit.
+          options: those of `save`; `metrics`, recorded beside them; `on_commit`, called in the primary after it.
         """
         save = self._begin(directory, args, **options)
         try:
@@ -284,8 +284,6 @@ class Checkpointer:
         """The step metadata, with what the handler tells of its items."""
         return describe_checkpoint(self._handler, require_finalized(directory, self._temporary_path_class))
 
-    # -------------------------------------------------------------- parts
-
     @property
     def handler(self) -> Any:
         """The handler as it was given."""
@@ -341,6 +339,8 @@ class AsyncCheckpointer(Checkpointer):
     ...     print(checkpointer.restore(path))
     {'w': array([0., 1., 2.])}
     """
+
+    _goes_on = True
 
     def __init__(self, handler: Any, *, timeout_secs: float = DEFAULT_TIMEOUT_SECS, **options: Any) -> None:
         given = given_or_new(options.pop("multiprocessing_options", None), MultiprocessingOptions)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,35 +21,10 @@ from ckpt_hooks import train_state
 from ckpt_hooks.errors import InvalidArgumentError
 from ckpt_hooks.train_state import PureState
 
-__all__ = ["NNX", "GraphObjects", "eval_shape", "is_graph_object"]
+__all__ = ["NNX", "GraphObjects", "ends_here", "is_graph_object"]
 
 NNX = "flax.nnx"  # loaded where there can be graph objects at all
 _VALUE = "value"  # of an object that is a variable itself
-
-
-def eval_shape(function: Callable[..., Any], *args: Any) -> Any:
-    """`jax.eval_shape`, also of a function whose result JAX cannot trace as it is.
-
-    What is no JAX array stays what it is: numbers, strings, functions, and NumPy arrays, which tracing would make
-    anyway. What graph objects share stays shared.
-    """
-    untraced: list[Any] = []
-    structure: Any = None
-
-    def traceable(*args: Any) -> list[Any]:
-        nonlocal structure
-        is_leaf = _ends_here if NNX in sys.modules else None
-        leaves, structure = jax.tree_util.tree_flatten(function(*args), is_leaf=is_leaf)
-        untraced[:] = (None if _is_traceable(leaf) else leaf for leaf in leaves)
-        return [leaf for leaf in leaves if _is_traceable(leaf)]
-
-    trace = sys.modules[NNX].eval_shape if NNX in sys.modules else jax.eval_shape
-    traced = iter(trace(traceable, *args))
-    return jax.tree_util.tree_unflatten(structure, [next(traced) if leaf is None else leaf for leaf in untraced])
-
-
-def _is_traceable(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or (NNX in sys.modules and _ends_here(leaf))
 
 
 def is_graph_object(value: Any) -> bool:
@@ -88,7 +63,7 @@ class GraphObjects:
             self.state = train_state.join(state, {name: trees[name] for name in parts})
 
     def _take_apart(self, parts: Mapping[str, Any]) -> dict[str, Any]:
-        nodes, structure = jax.tree_util.tree_flatten(dict(parts), is_leaf=_ends_here)
+        nodes, structure = jax.tree_util.tree_flatten(dict(parts), is_leaf=ends_here)
         self._objects = [node for node in nodes if _is_object(node)]
         self._values = _values_of(self._objects)
         pure = (PureState(values, number) for number, values in enumerate(self._values))
@@ -147,7 +122,7 @@ def _is_object_class(kind: type) -> bool:
     return issubclass(kind, tuple(base for base in bases if isinstance(base, type)))
 
 
-def _ends_here(node: Any) -> bool:
+def ends_here(node: Any) -> bool:
     """Where the search for objects ends: an `nnx.State` is a pytree of its own, whose variables are its leaves."""
     return _is_object(node) or isinstance(node, sys.modules[NNX].State)
 

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import jax
-import numpy as np
-
 from ckpt_hooks import processes
+from ckpt_hooks.abstract_result import abstract_result
 from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.bound import BoundHook
 from ckpt_hooks.changes import Changes
@@ -28,7 +26,6 @@ from ckpt_hooks.errors import (
     UnsupportedLeafError,
 )
 from ckpt_hooks.grace import GracePeriod
-from ckpt_hooks.graph_objects import eval_shape
 from ckpt_hooks.init_from import InitFrom
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
@@ -128,7 +125,7 @@ class CheckpointHook:
             multiprocessing_options=self._processes,
             file_options=file_options,
         )
-        # With jax.distributed, the runtime itself listens and tells all processes of one step; see `_preempted_at`.
+        # With jax.distributed, the runtime itself listens and tells all processes of one step; see `_is_preempted`.
         is_shared = save_on_preemption and processes.count() > 1
         self._asks_runtime = is_shared and processes.watches_preemption()
         if is_shared and not self._asks_runtime:
@@ -253,6 +250,8 @@ class CheckpointHook:
 
     def close(self) -> None:
         """Waits, gives the signals back, and gives up the run's lock."""
+        if self._notice.received and not self._preempted and self._last_step > max(self._saved_step, self._start_step):
+            _log.warning("asked to stop, and closed without another call: step %d is not saved", self._last_step)
         self._notice.close()
         self.manager.close()
 
@@ -335,7 +334,7 @@ class CheckpointHook:
                 f"{type(init_fn).__qualname__}. A state that there is already goes to restore(state)."
             )
         is_empty = self.manager.is_empty()
-        return self.restore(init_fn(*args) if is_empty else _abstract_result(init_fn, args), **options)
+        return self.restore(init_fn(*args) if is_empty else abstract_result(init_fn, *args), **options)
 
     # -------------------------------------------------------------- leaving
 
@@ -398,23 +397,3 @@ class CheckpointHook:
         except Exception as failure:
             # The error that ended the loop is what the user has to see first.
             error.add_note(f"and the last checkpoint failed too: {failure}")
-
-
-def _abstract_result(init_fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    own = getattr(init_fn, "eval_shape", None)
-    if own is not None:
-        return own(*args)  # a jitted function knows itself which of its arguments are static
-    traced = [number for number, arg in enumerate(args) if _is_all_arrays(arg)]
-
-    def init_of_arrays(*arrays: Any) -> Any:
-        mixed = list(args)
-        for number, array in zip(traced, arrays, strict=True):
-            mixed[number] = array
-        return init_fn(*mixed)
-
-    return eval_shape(init_of_arrays, *(args[number] for number in traced))
-
-
-def _is_all_arrays(arg: Any) -> bool:
-    leaves = jax.tree_util.tree_leaves(arg)
-    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for leaf in leaves)

@@ -340,5 +340,5 @@ def read_step_metadata(directory: str) -> StepMetadata | None:
             return StepMetadata.from_json(json.loads(file.read()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, IsADirectoryError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from error

@@ -382,8 +382,9 @@ def require_free_bytes(directory: str, said: Mapping[int, int | str]) -> None:
     most = max(said, key=lambda process: int(said[process]))
     shares = f" in {len(said)} processes (the most, {int(said[most]):,}, in process {most})" if len(said) > 1 else ""
     raise DiskFullError(
-        f"{directory}: the checkpoint needs {needed_bytes:,} bytes{shares} and {free_bytes:,} are free. "
-        "Nothing was written; free some space, or keep fewer checkpoints (`keep=`)."
+        f"{directory}: the checkpoint needs {needed_bytes:,} bytes{shares} and {free_bytes:,} are free, of which "
+        f"{_MARGIN_BYTES:,} are kept for the small files. Nothing was written; free some space, or keep fewer "
+        "checkpoints (`keep=`)."
     )
 
 

@@ -85,7 +85,7 @@ def test_too_little_space_is_found_before_writing(disk: Path, async_save: bool) 
     with CheckpointManager(disk / "run", async_save=async_save) as manager:
         manager.save(1, state_at(1, 2 * MIB))
         with pytest.raises(
-            DiskFullError, match=r"run/2: the checkpoint needs [\d,]+ bytes and [\d,]+ are free"
+            DiskFullError, match=r"run/2: the checkpoint needs [\d,]+ bytes and [\d,]+ are free, of which 1,048,576 are"
         ) as error:
             manager.save(2, state_at(2, 20 * MIB))
         assert isinstance(error.value, OSError)

@@ -569,6 +569,13 @@ def test_a_directory_that_is_a_file_is_refused_when_the_hook_is_made(tmp_path: P
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_directory_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    """A run at a link to nothing is an OSError that says so: nobody knows where it should be made."""
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError, match=r"link is a link to nothing; .*Choose another path"):
+        CheckpointHook(tmp_path / "link")
+
+
 def test_unknown_options_are_refused(tmp_path: Path) -> None:
     """A misspelt option is a TypeError."""
     with pytest.raises(TypeError, match="every_steps"):

@@ -687,6 +687,26 @@ def spoil_metadata(step_directory: Path) -> None:
     (step_directory / "_CHECKPOINT_METADATA").write_text("{")
 
 
+def metadata_becomes_a_directory(step_directory: Path) -> None:
+    (step_directory / "_CHECKPOINT_METADATA").unlink()
+    (step_directory / "_CHECKPOINT_METADATA").mkdir()
+
+
+def checksums_become_a_directory(step_directory: Path) -> None:
+    (step_directory / "_CHECKSUMS").unlink()
+    (step_directory / "_CHECKSUMS").mkdir()
+
+
+def array_table_becomes_a_directory(step_directory: Path) -> None:
+    (step_directory / "params" / "_ARRAY_CHECKSUMS").unlink()
+    (step_directory / "params" / "_ARRAY_CHECKSUMS").mkdir()
+
+
+def item_becomes_a_file(step_directory: Path) -> None:
+    shutil.rmtree(step_directory / "params")
+    (step_directory / "params").write_text("")
+
+
 def change_metadata(step_directory: Path) -> None:
     path = step_directory / "_CHECKPOINT_METADATA"
     path.write_text(path.read_text().replace('"step": 10', '"step": 99'))
@@ -706,6 +726,10 @@ DAMAGES = [
     spoil_metadata,
     change_metadata,
     remove_checksums,
+    metadata_becomes_a_directory,
+    checksums_become_a_directory,
+    array_table_becomes_a_directory,
+    item_becomes_a_file,
 ]
 
 
@@ -725,6 +749,20 @@ def test_what_does_not_verify_falls_back(
     assert "rejected" in reason
     assert any("step 5" in m and "instead of [10]" in m for m in messages(caplog, logging.WARNING))
     assert manager.steps() == [5]
+
+
+@pytest.mark.parametrize("spoil", DAMAGES)
+@pytest.mark.parametrize("like", [None, state_at(0)], ids=["plain", "like"])
+def test_what_does_not_verify_is_an_error_by_number(
+    make: Make, run: Path, spoil: Callable[[Path], None], like: Any
+) -> None:
+    """A step asked for by number that does not verify is a CorruptCheckpointError that names its path."""
+    manager = make()
+    save_steps(manager, 5, 10)
+    spoil(run / "10")
+    with pytest.raises(CorruptCheckpointError, match=str(run / "10")):
+        manager.restore(like, step=10)
+    assert_is_state_at(5, manager.restore(like, step=5))
 
 
 @pytest.mark.parametrize("spoil", DAMAGES)

@@ -138,6 +138,13 @@ def test_reading_damage(tmp_path: Path, content: str) -> None:
         read_step_metadata(os.fspath(tmp_path))
 
 
+def test_a_directory_in_the_file_s_place_is_damage(tmp_path: Path) -> None:
+    """Also a directory of that name, into which some copying program has turned the file."""
+    (tmp_path / METADATA_FILE).mkdir()
+    with pytest.raises(errors.CorruptCheckpointError, match=METADATA_FILE):
+        read_step_metadata(os.fspath(tmp_path))
+
+
 # ------------------------------------------------------------------ stores
 
 

@@ -294,6 +294,22 @@ def test_without_raising_the_call_says_whether_it_saved(tmp_path: Path, heard: l
         assert not hook(2, state_at(2))
 
 
+@pytest.mark.parametrize("calls_again", [False, True])
+def test_leaving_without_the_call_that_saves_is_told(
+    tmp_path: Path, heard: list[int], caplog: pytest.LogCaptureFixture, calls_again: bool
+) -> None:
+    """A loop that sees the signal before the hook does, and ends, is told which step it has not saved."""
+    with CheckpointHook(tmp_path, every_n_steps=5, raise_on_preemption=False) as hook:
+        for step in (5, 6):
+            hook(step, state_at(step))
+        terminate()
+        assert hook.preempted
+        if calls_again:
+            hook(7, state_at(7))
+    told = [record.message for record in caplog.records if "not saved" in record.message]
+    assert told == ([] if calls_again else ["asked to stop, and closed without another call: step 6 is not saved"])
+
+
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_failed_save_is_saved_again_before_leaving(
     tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch, is_known: bool

@@ -62,7 +62,13 @@ def test_a_column_of_integers_is_that_of_each_integer(values: list[int]) -> None
 
 @pytest.mark.parametrize("num", [2, 3, 100])
 @pytest.mark.parametrize(
-    ("last", "told"), [(b"", "in the middle of"), (b"\x80", "in the middle of"), (b"\xff" * 10 + b"\1", "than 64 bits")]
+    ("last", "told"),
+    [
+        (b"", "in the middle of"),
+        (b"\x80", "in the middle of"),
+        (b"\xff" * 10 + b"\1", "than 64 bits"),
+        (b"\xff" * 9 + b"\2", "than 64 bits"),
+    ],
 )
 def test_integers_that_end_nowhere_are_an_error(num: int, last: bytes, told: str) -> None:
     """Of few, which are read one by one, and of many, which are read together."""

@@ -345,12 +345,17 @@ def read_file(path: str) -> bytes:
 
 
 def content_of(path: str) -> bytes:
-    """What is in a file, without a file object, which costs more than reading the small files that most of them are."""
+    """What is in a file, without a file object, which costs more than reading the small files that most of them are.
+
+    Raises CorruptCheckpointError where it is a directory.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         blocks = [os.read(descriptor, os.fstat(descriptor).st_size + 1)]
         while blocks[-1]:
             blocks.append(os.read(descriptor, _READ_NBYTES))
+    except IsADirectoryError:
+        raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
     finally:
         os.close(descriptor)
     return b"".join(blocks)

@@ -61,7 +61,7 @@ def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple
         raise CorruptCheckpointError("index node ends in the middle of an integer")
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
-    if int(lengths.max()) > 10:
+    if int(lengths.max()) > 10 or (window[ends[lengths == 10]] > 1).any():  # nine groups hold 63 bits
         raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
     values = np.zeros(num, np.uint64)
     for k in range(int(lengths.max())):
