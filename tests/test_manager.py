@@ -687,19 +687,21 @@ def spoil_metadata(step_directory: Path) -> None:
     (step_directory / "_CHECKPOINT_METADATA").write_text("{")
 
 
+def become_a_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 def metadata_becomes_a_directory(step_directory: Path) -> None:
-    (step_directory / "_CHECKPOINT_METADATA").unlink()
-    (step_directory / "_CHECKPOINT_METADATA").mkdir()
+    become_a_directory(step_directory / "_CHECKPOINT_METADATA")
 
 
 def checksums_become_a_directory(step_directory: Path) -> None:
-    (step_directory / "_CHECKSUMS").unlink()
-    (step_directory / "_CHECKSUMS").mkdir()
+    become_a_directory(step_directory / "_CHECKSUMS")
 
 
 def array_table_becomes_a_directory(step_directory: Path) -> None:
-    (step_directory / "params" / "_ARRAY_CHECKSUMS").unlink()
-    (step_directory / "params" / "_ARRAY_CHECKSUMS").mkdir()
+    become_a_directory(step_directory / "params" / "_ARRAY_CHECKSUMS")
 
 
 def item_becomes_a_file(step_directory: Path) -> None:
