@@ -56,8 +56,6 @@ class _Save:
     final: epath.Path
     temporary: TemporaryPath
     operation: int
-    custom_metadata: Mapping[str, Any]
-    metrics: Mapping[str, Any]
     on_commit: Callable[[], None] | None
     start_secs: float
     write: Callable[[epath.Path], None] | None = None
@@ -113,8 +111,7 @@ class Checkpointer:
         self._barrier_prefix = together.key("")
         self._barriers = functools.lru_cache(2)(functools.partial(OperationBarriers, options=together))
         self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
-        of_items = getattr(self._handler, "item_handler_names", None)  # a composite has one for each item
-        self._handler_names = of_items or functools.partial(recorded_name, self._handler)
+        self._recorded_name = recorded_name(self._handler)
         getattr(self._handler, "take_part", lambda options: None)(together)
         self.failure: SaveFailedError | None = None
         self.last_save_secs = 0.0  # from the call to the commit; of the last one that was committed
@@ -185,15 +182,17 @@ class Checkpointer:
         temporary = self._temporary_path_class.from_final(final, **self._path_options)
         temporary.replaces, temporary.is_others = force, self._is_others
         operation = next(self._operation_ids)
-        save = _Save(final, temporary, operation, {}, metrics or {}, on_commit, start_secs)
+        save = _Save(final, temporary, operation, on_commit, start_secs)
         try:
-            save.custom_metadata = check_custom_metadata(custom_metadata)
+            options = self._multiprocessing_options
+            recorded = {"custom_metadata": check_custom_metadata(custom_metadata), "metrics": dict(metrics or {})}
             self._barrier("save_start", operation)
             if self._is_primary and is_named(final):
                 check_destination(final, self._temporary_path_class, force=force)
             staged = args if isinstance(args, StagedSave) else self.stage(args)
             staged_secs = time.perf_counter()
-            claim = "" if self._is_alone else save_claim(save, staged.claim, self._multiprocessing_options)
+            temporary.recorded = {"item_handlers": staged.item_handlers or self._recorded_name, **recorded}
+            claim = "" if self._is_alone else save_claim(os.fspath(final), staged.claim, recorded, options)
             self._create(temporary, final, staged.nbytes, operation, claim)
             if staged.begin is not None:
                 staged.begin(temporary.get())
@@ -234,7 +233,7 @@ class Checkpointer:
         events.record_duration_secs(events.WRITE_ITEMS_SECS, written_secs - start_secs)
         self._barrier(written, save.operation)
         if self._is_primary:
-            self._commit(save, path)
+            self._commit(save.temporary, path)
             events.record_duration_secs(events.WRITE_COMMIT_SECS, time.perf_counter() - written_secs)
         self._barrier(committed, save.operation)
         if not self._is_alone:
@@ -245,11 +244,11 @@ class Checkpointer:
         self.last_save_secs = time.perf_counter() - save.start_secs
         events.record_duration_secs(events.WRITE_TOTAL_SECS, self.last_save_secs)
 
-    def _commit(self, save: _Save, path: epath.Path) -> None:
-        recorded = {"custom_metadata": dict(save.custom_metadata), "metrics": dict(save.metrics)}
-        self._store.update(path / METADATA_FILE, item_handlers=self._handler_names(), **recorded)
+    def _commit(self, temporary: TemporaryPath, path: epath.Path) -> None:
         self._handler.finalize(path)
-        save.temporary.finalize()
+        temporary.finalize()
+        if temporary.recorded:  # the class has a `finalize` of its own, which has not written them
+            self._store.update(temporary.get_final() / METADATA_FILE, **temporary.recorded)
 
     def _failed(self, save: _Save, error: BaseException) -> BaseException:
         """Clears up after a save that failed, and reports it; the error to raise says what to do."""

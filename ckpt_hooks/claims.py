@@ -9,7 +9,7 @@ import collections
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,20 +24,11 @@ _MOST_LINES = 32  # what is more than this stands in one line, as a digest
 _LONGEST_VALUE = 40  # characters
 
 
-class _Save(Protocol):
-    """What a claim says of a save."""
-
-    final: Any
-    custom_metadata: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-
-
-def save_claim(save: _Save, items: str, options: MultiprocessingOptions) -> str:
+def save_claim(path: str, items: str, recorded: Mapping[str, Any], options: MultiprocessingOptions) -> str:
     """Of a whole save: which checkpoint, what its items claim, and the metadata; metrics may differ."""
-    path = os.fspath(save.final)
     place = os.path.basename(path) if options.primary_host is None else path
-    metadata = dict(save.custom_metadata)
-    if metadata.get("metrics") == save.metrics:
+    metadata = dict(recorded["custom_metadata"])
+    if metadata.get("metrics") == recorded["metrics"]:
         del metadata["metrics"]
     return "\n".join([place, *items.splitlines(), f"custom_metadata {_short(json.dumps(metadata, sort_keys=True))}"])
 

@@ -17,8 +17,6 @@ import threading
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from etils import epath
-
 from ckpt_hooks.errors import (
     CorruptCheckpointError,
     InvalidArgumentError,
@@ -26,6 +24,7 @@ from ckpt_hooks.errors import (
     NotSerializableError,
 )
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import content_of
 
 __all__ = [
     "METADATA_FILE",
@@ -231,7 +230,7 @@ class MetadataStore(abc.ABC):
 
 def _content(file_path: Any) -> dict[str, Any] | None:
     try:
-        content = json.loads(epath.Path(file_path).read_bytes())
+        content = json.loads(content_of(os.fspath(file_path)))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -336,9 +335,10 @@ def read_step_metadata(directory: str) -> StepMetadata | None:
     """
     path = os.path.join(directory, METADATA_FILE)
     try:
-        with open(path, "rb") as file:
-            return StepMetadata.from_json(json.loads(file.read()))
+        return StepMetadata.from_json(json.loads(content_of(path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, IsADirectoryError) as error:
+    except CorruptCheckpointError:
+        raise
+    except ValueError as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from error

@@ -83,9 +83,11 @@ class TemporaryPath(abc.ABC):
       replaces: whether a checkpoint that is at the final path already gives way to this one at the commit.
       is_others: of a path, whether it is a file that another process of this save makes durable; None where there is
         no other. If each synced all, a save by N processes would take N x N syncs.
+      recorded: fields of the step metadata that `finalize` writes, with the commit time.
     """
 
     replaces = False
+    recorded: Mapping[str, Any] = {}
     is_others: Callable[[str], bool] | None = None
     writes_in_place = False
 
@@ -193,9 +195,11 @@ class TemporaryPath(abc.ABC):
             self._lock.release()
 
     def _seal(self) -> None:
-        """Commit time and checksums; whatever is written after this is not covered by them."""
+        """Commit time, what is `recorded`, and checksums; whatever is written after this is not covered by them."""
         if self._store is not None:
-            self._store.update(self._temporary / METADATA_FILE, commit_timestamp_nsecs=time.time_ns())
+            fields = {**self.recorded, "commit_timestamp_nsecs": time.time_ns()}
+            self._store.update(self._temporary / METADATA_FILE, **fields)
+            self.recorded = {}
             if not self._store_blocks:
                 self._store.wait_until_finished()
         path = os.fspath(self._temporary)

@@ -22,13 +22,13 @@ def delay(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, secs: float) -
     monkeypatch.setattr(owner, name, late)
 
 
-def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
-    """The next so many calls of `os.preadv` fail with this errno."""
-    preadv, faults = os.preadv, iter(range(times))
+def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int, function: str = "preadv") -> None:
+    """The next so many calls of this function of `os` fail with this errno."""
+    read, faults = getattr(os, function), iter(range(times))
 
-    def failing(*arguments: Any) -> int:
+    def failing(*arguments: Any) -> Any:
         if next(faults, None) is not None:
             raise OSError(code, os.strerror(code))
-        return preadv(*arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(os, function, failing)

@@ -189,6 +189,19 @@ def test_temporary_path_class_is_used(tmp_path: Path) -> None:
             checkpointer.restore(tmp_path / "c")
 
 
+def test_a_commit_of_another_kind_keeps_the_metadata(tmp_path: Path) -> None:
+    """A path class whose `finalize` is its own, and writes no metadata, loses neither the user's nor the handler."""
+
+    class MovedPath(AtomicRenameTemporaryPath):
+        def finalize(self) -> None:
+            self.get().rename(self.get_final())
+
+    with Checkpointer(NoteHandler(), temporary_path_class=MovedPath) as checkpointer:
+        checkpointer.save(tmp_path / "c", "a", custom_metadata={"epoch": 1})
+    found = read_step_file(tmp_path / "c")
+    assert found["custom_metadata"] == {"epoch": 1} and "NoteHandler" in found["item_handlers"]
+
+
 # ------------------------------------------------------------------ three forms of arguments
 
 

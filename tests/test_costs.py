@@ -86,11 +86,13 @@ def test_system_calls_do_not_grow_with_the_leaves(tmp_path: Path) -> None:
 
 
 def test_a_small_checkpoint_has_few_files_to_sync(tmp_path: Path) -> None:
-    """One tree: nine files, their two directories, its own and the parent's, each synced once."""
+    """One tree: nine files, each synced once, as two directories in it, its own and the parent's. The step metadata are
+    written twice, at the beginning and at the end."""
     with Checkpointer(StandardCheckpointHandler()) as checkpointer:
         counts = calls_of(lambda: checkpointer.save(tmp_path / "c", {"w": jnp.ones(300)}))
     assert len([path for path in (tmp_path / "c").rglob("*") if path.is_file()]) == 9
     assert counts["fsync"] == 13
+    assert counts["rename"] == 2 + 1  # and the commit
 
 
 def test_a_call_with_nothing_due_makes_no_call(tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from ckpt_hooks import MetadataStore, StepMetadata, errors, metadata_store
 from ckpt_hooks.metadata import METADATA_FILE, check_custom_metadata, read_step_metadata, to_json_numbers
 from ckpt_hooks.storage import commit
-from tests.faulty import delay
+from tests.faulty import delay, fail_reads
 
 FULL: dict[str, Any] = {
     "item_handlers": {"params": "some.Handler"},
@@ -188,21 +187,18 @@ def test_update_of_what_cannot_be_read(tmp_path: Path, store: MetadataStore, con
 def test_update_on_a_failing_disk_loses_nothing(
     tmp_path: Path, store: MetadataStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`update` raises where the disk cannot read the file, whose other keys it would lose, and leaves it as it was."""
+    """`update` raises, by the file's name, where the disk cannot read it: its other keys would be lost. They stay."""
     path = tmp_path / "m"
     store.write(path, {"a": 1})
     store.wait_until_finished()
-
-    def fail(self: Any) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(self))
 
     def update() -> None:
         store.update(path, b=2)
         store.wait_until_finished()
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(epath.Path(path)), "read_bytes", fail)
-        with pytest.raises(OSError, match="Input/output error"):
+        fail_reads(patched, errno.EIO, times=1, function="read")
+        with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
             update()
     assert store.read(path) == {"a": 1}
 

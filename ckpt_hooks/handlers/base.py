@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -54,6 +54,7 @@ class StagedSave:
         the copies.
       nbytes: how many bytes `write` will write, as far as known.
       recorded_name: by which a composite records the item's handler, where the handler's own name does not do.
+      item_handlers: of a composite, {item: the name by which its handler is recorded}.
       claim: what every process of a save has to have alike, in words; empty where there is one process.
     """
 
@@ -62,6 +63,7 @@ class StagedSave:
     detach: Callable[[epath.Path], None] | None = None
     nbytes: int = 0
     recorded_name: str | None = None
+    item_handlers: Mapping[str, str] | None = None
     claim: str = ""
 
 

@@ -160,7 +160,6 @@ class CompositeCheckpointHandler(CheckpointHandler):
             for name, handler in {**dict.fromkeys(item_names), **items_and_handlers}.items()
         }
         self._unfinished: dict[str, TemporaryPath] = {}
-        self._recorded_names: dict[str, str] = {}  # of the items that are being saved
 
     def take_part(self, options: MultiprocessingOptions) -> None:
         self._options = dataclasses.replace(self._options, multiprocessing_options=options)
@@ -174,7 +173,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         items = sorted(args.items())
         if not items:
             raise InvalidArgumentError("an empty Composite: there are no items to save")
-        staged = {}
+        staged, recorded_names = {}, {}
         for name, item_args in items:
             handler = self._handlers.get(name)
             if handler is None or type(item_args) not in handler.args_classes:
@@ -186,21 +185,20 @@ class CompositeCheckpointHandler(CheckpointHandler):
                     error.args = (f"item {name!r}: {str(error).removeprefix('the state: ')}",)
                 error.add_note(f"while taking item {name!r}")
                 raise
+            recorded_names[name] = staged[name].recorded_name or handler.recorded_name
         begin = functools.partial(self._begin_items, staged)
         return StagedSave(
             functools.partial(self._write_items, staged),
             begin,
             functools.partial(self._detach_items, staged),
             sum([item.nbytes for item in staged.values()]),
+            item_handlers=recorded_names,
             claim="\n".join([f"{name}: {line}" for name, item in staged.items() for line in item.claim.splitlines()]),
         )
 
     def _begin_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
-        self._unfinished, self._recorded_names = {}, {}
+        self._unfinished = {}
         for name, item in staged.items():
-            pinned = self._handlers[name]
-            assert pinned is not None, "what was staged is pinned"
-            self._recorded_names[name] = item.recorded_name or pinned.recorded_name
             temporary = self._options.temporary_path_class.from_final(
                 directory / name,
                 file_options=self._options.file_options,
@@ -245,10 +243,6 @@ class CompositeCheckpointHandler(CheckpointHandler):
             if handler.finalize is not None:
                 handler.finalize(path.get())
             path.finalize()
-
-    def item_handler_names(self) -> dict[str, str]:
-        """{item: the name by which its handler is recorded} of the items that are being saved."""
-        return dict(self._recorded_names)
 
     # -------------------------------------------------------------- restoring
 

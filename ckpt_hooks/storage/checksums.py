@@ -356,6 +356,9 @@ def content_of(path: str) -> bytes:
             blocks.append(os.read(descriptor, _READ_NBYTES))
     except IsADirectoryError:
         raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.close(descriptor)
     return b"".join(blocks)

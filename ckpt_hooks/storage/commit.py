@@ -88,11 +88,14 @@ def make_parents(path: str) -> None:
 
 def write_file(path: str, data: bytes | str) -> None:
     """Writes a file that `sync_tree` will make durable."""
-    with open(path, "wb", buffering=0) as file:
-        view = memoryview(data.encode() if isinstance(data, str) else data)
+    view = memoryview(data.encode() if isinstance(data, str) else data)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
         while view:
-            view = view[file.write(view) :]  # an unbuffered write may be short
-        start_writeback(file.fileno())
+            view = view[os.write(descriptor, view) :]  # which may write less
+        start_writeback(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_file(path: str, data: bytes | str, *, durable: bool = True, scratch: str | None = None) -> None:
@@ -372,7 +375,7 @@ class DirectoryLock:
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 _log.warning("%s: this file system has no locks (%s); make sure of one writer", path, error)
-                self._finalizer: Callable[[], object] = _nothing_to_release
+                self._finalizer: Callable[[], object] = lambda: None
                 return
             raise RunLockedError(
                 f"{path}: {holder} is writing here. Two writers would mix their checkpoints: wait until it "
@@ -384,10 +387,6 @@ class DirectoryLock:
     def release(self) -> None:
         """Gives the lock back; may be called twice."""
         self._finalizer()
-
-
-def _nothing_to_release() -> None:
-    pass
 
 
 _held_locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
