@@ -12,6 +12,7 @@ The next save starts when the one before is committed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import jax
 
 from benchmarks.contestants import BackgroundSaver, background_savers
-from benchmarks.options import empty_directory, parse
+from benchmarks.options import Place, empty_directory, parse
 from benchmarks.report import Report
 from benchmarks.timing import Measurement, alternate, seconds_of
 from benchmarks.workloads import State, describe, num_bytes
@@ -30,16 +31,16 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, argv)
     report = Report("blocking", options)
-    for workload in options.workloads:
-        training = _Training(workload.make(options.scale))
-        runs = {
-            saver.name: functools.partial(_save, saver, training, options.directory) for saver in background_savers()
-        }
-        measured = alternate(runs, options.rounds, state_bytes=num_bytes(training.state))
-        title = f"{workload.name}: {describe(training.state)}"
-        report.add(f"{title}; blocking", "ms", measured["blocking"])
-        report.add(f"{title}; per leaf", "us", measured["per leaf"])
-        report.add(f"{title}; stall", "ms", measured["stall"])
+    with contextlib.ExitStack() as at_end:
+        place = functools.partial(empty_directory, options.directory, at_end)
+        for workload in options.workloads:
+            training = _Training(workload.make(options.scale))
+            runs = {saver.name: functools.partial(_save, saver, training, place) for saver in background_savers()}
+            measured = alternate(runs, options.rounds, state_bytes=num_bytes(training.state))
+            title = f"{workload.name}: {describe(training.state)}"
+            report.add(f"{title}; blocking", "ms", measured["blocking"])
+            report.add(f"{title}; per leaf", "us", measured["per leaf"])
+            report.add(f"{title}; stall", "ms", measured["stall"])
     report.close()
 
 
@@ -59,8 +60,8 @@ def _decay(leaf: jax.Array) -> jax.Array:
     return leaf * 0.999
 
 
-def _save(saver: BackgroundSaver, training: _Training, parent: str) -> Measurement:
-    with empty_directory(parent) as directory:
+def _save(saver: BackgroundSaver, training: _Training, place: Place) -> Measurement:
+    with place() as directory:
         training.step()
         undisturbed = seconds_of(training.step)
         path = os.path.join(directory, "checkpoint")

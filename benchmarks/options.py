@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks.workloads import WORKLOADS, Workload
 
-__all__ = ["Options", "empty_directory", "parse", "parser_of"]
+__all__ = ["Options", "Place", "empty_directory", "parse", "parser_of"]
+
+Place = Callable[[], contextlib.AbstractContextManager[str]]  # gives a directory of one's own
 
 _TINY_SCALE = 0.002
 _SMALL_BYTES = 256 << 20
@@ -77,8 +78,8 @@ def parse(
 
 
 @contextlib.contextmanager
-def empty_directory(parent: str) -> Iterator[str]:
-    """A new directory that is gone afterwards; a small one, when the program ends.
+def empty_directory(parent: str, at_end: contextlib.ExitStack | None = None) -> Iterator[str]:
+    """A new directory that is gone afterwards; where `at_end` is given, a small one only then.
 
     An ext4 without a journal gives the inodes of removed files to nobody for a minute, and looks past every one of them
     for each new file: 500 removals made a new file take 490 us instead of 60, and a small save makes a dozen.
@@ -88,8 +89,8 @@ def empty_directory(parent: str) -> Iterator[str]:
     try:
         yield path
     finally:
-        if _num_bytes_below(path) <= _SMALL_BYTES:
-            atexit.register(remove)
+        if at_end is not None and _num_bytes_below(path) <= _SMALL_BYTES:
+            at_end.callback(remove)
         else:
             remove()
 

@@ -10,12 +10,13 @@ structure, for which plans are made and code is compiled, does not count.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
 
 from benchmarks.contestants import Saver, savers
-from benchmarks.options import empty_directory, parse
+from benchmarks.options import Place, empty_directory, parse
 from benchmarks.report import Report
 from benchmarks.timing import Measurement, alternate, seconds_of
 from benchmarks.workloads import describe, num_bytes
@@ -26,18 +27,18 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, argv)
     report = Report("save", options)
-    for workload in options.workloads:
-        state = workload.make(options.scale)
-        runs = {
-            saver.name: functools.partial(_save, saver, saver.prepare(state), options.directory) for saver in savers()
-        }
-        measured = alternate(runs, options.rounds, state_bytes=num_bytes(state))
-        report.add(f"{workload.name}: {describe(state)}", "ms", measured["save"])
+    with contextlib.ExitStack() as at_end:
+        place = functools.partial(empty_directory, options.directory, at_end)
+        for workload in options.workloads:
+            state = workload.make(options.scale)
+            runs = {saver.name: functools.partial(_save, saver, saver.prepare(state), place) for saver in savers()}
+            measured = alternate(runs, options.rounds, state_bytes=num_bytes(state))
+            report.add(f"{workload.name}: {describe(state)}", "ms", measured["save"])
     report.close()
 
 
-def _save(saver: Saver, prepared: object, parent: str) -> Measurement:
-    with empty_directory(parent) as directory:
+def _save(saver: Saver, prepared: object, place: Place) -> Measurement:
+    with place() as directory:
         path = os.path.join(directory, "checkpoint")
         return {"save": 1e3 * seconds_of(functools.partial(saver.save, path, prepared))}
 
