@@ -127,7 +127,9 @@ def test_a_platform_without_a_call_saves_and_restores(
 
 def test_interrupted_and_short_system_calls_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes and reads that do a part of what was asked, in any of the threads, are followed by the rest."""
-    pwrite, preadv = os.pwrite, os.preadv
+    pwrite, preadv, write, read = os.pwrite, os.preadv, os.write, os.read
+    monkeypatch.setattr(os, "write", lambda fd, content: write(fd, content[: 1 + len(content) // 3]))
+    monkeypatch.setattr(os, "read", lambda fd, nbytes: read(fd, 1 + nbytes // 3))
     monkeypatch.setattr(os, "pwrite", lambda fd, content, at: pwrite(fd, content[: 1 + len(content) // 3], at))
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][: 1 + len(views[0]) // 3]], at))
     state = {"large": np.arange(3 << 20), "small": np.arange(300)}
