@@ -181,10 +181,9 @@ class Checkpointer:
         events.record_event(events.WRITE_START)
         temporary = self._temporary_path_class.from_final(final, **self._path_options)
         temporary.replaces, temporary.is_others = force, self._is_others
-        operation = next(self._operation_ids)
+        operation, options = next(self._operation_ids), self._multiprocessing_options
         save = _Save(final, temporary, operation, on_commit, start_secs)
         try:
-            options = self._multiprocessing_options
             recorded = {"custom_metadata": check_custom_metadata(custom_metadata), "metrics": dict(metrics or {})}
             self._barrier("save_start", operation)
             if self._is_primary and is_named(final):
