@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["delay", "fail_reads"]
+__all__ = ["delay", "fail"]
 
 
 def delay(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, secs: float) -> None:
@@ -22,13 +22,17 @@ def delay(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, secs: float) -
     monkeypatch.setattr(owner, name, late)
 
 
-def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int, function: str = "preadv") -> None:
-    """The next so many calls of this function of `os` fail with this errno."""
-    read, faults = getattr(os, function), iter(range(times))
+def fail(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, code: int, times: int | None = None
+) -> list[tuple[Any, ...]]:
+    """Calls of `owner.name` fail with this errno, all or the next so many; the arguments of those that have failed."""
+    call, failed = getattr(owner, name), []
 
-    def failing(*arguments: Any) -> Any:
-        if next(faults, None) is not None:
-            raise OSError(code, os.strerror(code))
-        return read(*arguments)
+    def failing(*positional: Any, **keywords: Any) -> Any:
+        if times is not None and len(failed) >= times:
+            return call(*positional, **keywords)
+        failed.append(positional)
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, function, failing)
+    monkeypatch.setattr(owner, name, failing)
+    return failed

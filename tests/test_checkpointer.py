@@ -35,6 +35,7 @@ from ckpt_hooks import (
 )
 from ckpt_hooks.storage import commit
 from ckpt_hooks.temporary_paths import is_temporary
+from tests.faulty import fail
 
 PREFIX = "/jax/ckpt_hooks/"
 STANDARD_TYPESTR = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
@@ -348,14 +349,10 @@ def test_failed_save_tells_and_leaves_nothing(
 @pytest.mark.parametrize("function", ["sync_tree", "publish", "sync_directory"])
 def test_failed_sync_is_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     """Where a sync or the rename fails, the save fails and there is no checkpoint."""
-
-    def fail(*paths: str, **options: Any) -> None:
-        raise OSError(errno.EIO, "input/output error")
-
     with Checkpointer(NoteHandler()) as checkpointer:
         with monkeypatch.context() as broken:
-            broken.setattr(commit, function, fail)
-            with pytest.raises(OSError, match="input/output error"):
+            fail(broken, commit, function, errno.EIO)
+            with pytest.raises(OSError, match="Input/output error"):
                 checkpointer.save(tmp_path / "c", "a")
         assert os.listdir(tmp_path) == []
         checkpointer.save(tmp_path / "c", "b")
@@ -363,13 +360,9 @@ def test_failed_sync_is_a_failed_save(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_full_disk_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fills up during a save is a DiskFullError, and the partial files are gone."""
-
-    def fail(path: str, data: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with Checkpointer(StandardCheckpointHandler()) as checkpointer:
         with monkeypatch.context() as full:
-            full.setattr(commit, "write_file", fail)
+            fail(full, commit, "write_file", errno.ENOSPC)
             with pytest.raises(errors.DiskFullError, match="free some space"):
                 checkpointer.save(tmp_path / "c", {"w": np.arange(3)})
         assert os.listdir(tmp_path) == []
@@ -504,17 +497,13 @@ def test_failing_forced_save_leaves_the_old_one(
         checkpointer.handler.fails_in = fails_in
         with monkeypatch.context() as broken:
             if fails_in == "sync":
-                broken.setattr(commit, "sync_directory", _fail_to_sync)
+                fail(broken, commit, "sync_directory", errno.EIO)
             with pytest.raises((RuntimeError, OSError)):
                 checkpointer.save(tmp_path / "c", "new", force=True)
         checkpointer.handler.fails_in = ""
         assert checkpointer.restore(tmp_path / "c") == "old"
     assert [name for name in os.listdir(tmp_path) if not is_temporary(name)] == ["c"]
     assert len(os.listdir(tmp_path)) == 1 or fails_in == "sync", "only what no sync has made safe to remove stays"
-
-
-def _fail_to_sync(path: str) -> None:
-    raise OSError(errno.EIO, "input/output error")
 
 
 def test_force_keeps_an_old_checkpoint_that_has_no_marker(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ from ckpt_hooks.errors import (
     StructureMismatchError,
     UnsupportedLeafError,
 )
-from tests.faulty import fail_reads
+from ckpt_hooks.storage import commit
+from tests.faulty import fail
 from tests.stateful import Counter
 
 Make = Callable[..., CheckpointManager]
@@ -787,7 +788,7 @@ def test_a_single_fault_of_the_file_system_costs_no_step(
     """The newest checkpoint is read once more after an EIO, and passed over only when that fails as well."""
     manager = make()
     save_steps(manager, 5, 10)
-    fail_reads(monkeypatch, errno.EIO, times)
+    fail(monkeypatch, os, "preadv", errno.EIO, times)
     with caplog.at_level(logging.WARNING, "ckpt_hooks"):
         assert_is_state_at(found, manager.restore(state_at(0)))
     assert "step 10" in messages(caplog, logging.WARNING)[0]
@@ -801,7 +802,7 @@ def test_what_the_user_can_mend_is_neither_a_fault_nor_damage(
     """Too many open files, or a file that one may not read, is told at once; nothing is read again or passed over."""
     manager = make()
     save_steps(manager, 5, 10)
-    fail_reads(monkeypatch, code, times=1)
+    fail(monkeypatch, os, "preadv", code, times=1)
     with pytest.raises(OSError, match=os.strerror(code)):
         manager.restore(state_at(0))
     assert_is_state_at(10, manager.restore(state_at(0)))
@@ -1154,13 +1155,8 @@ class Exploding(Counter):
 
 def fail_in_the_background(manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Starts a save whose write fails, and waits until it has failed."""
-    from ckpt_hooks.storage import commit
-
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise OSError(5, "Input/output error")
-
     with monkeypatch.context() as patch:
-        patch.setattr(commit, "publish", fail)
+        fail(patch, commit, "publish", errno.EIO)
         save_steps(manager, step)
         for thread in threading.enumerate():
             if thread.name.startswith("ckpt_hooks"):
@@ -1272,11 +1268,7 @@ def test_too_many_open_files_are_no_damage(tmp_path: Path, monkeypatch: pytest.M
         for step in (1, 2):
             manager.save(step, {"params": {"w": np.arange(1000) + step}})
         manager.wait()
-
-        def refuse(*_: object, **__: object) -> int:
-            raise OSError(errno.EMFILE, "Too many open files")
-
-        monkeypatch.setattr("ckpt_hooks.storage.reader.os.open", refuse)
+        fail(monkeypatch, os, "open", errno.EMFILE)
         with pytest.raises(OSError, match="Too many open files"):
             manager.restore()
         monkeypatch.undo()

@@ -21,7 +21,7 @@ import pytest
 from ckpt_hooks import MetadataStore, StepMetadata, errors, metadata_store
 from ckpt_hooks.metadata import METADATA_FILE, check_custom_metadata, read_step_metadata, to_json_numbers
 from ckpt_hooks.storage import commit
-from tests.faulty import delay, fail_reads
+from tests.faulty import delay, fail
 
 FULL: dict[str, Any] = {
     "item_handlers": {"params": "some.Handler"},
@@ -197,7 +197,7 @@ def test_update_on_a_failing_disk_loses_nothing(
         store.wait_until_finished()
 
     with monkeypatch.context() as patched:
-        fail_reads(patched, errno.EIO, times=1, function="read")
+        fail(patched, os, "read", errno.EIO, times=1)
         with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
             update()
     assert store.read(path) == {"a": 1}

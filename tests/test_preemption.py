@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
@@ -20,6 +21,8 @@ import pytest
 import ckpt_hooks
 from ckpt_hooks import CheckpointHook, CheckpointManager, Preempted
 from ckpt_hooks.errors import SaveFailedError
+from ckpt_hooks.storage import commit
+from tests.faulty import fail
 
 REPOSITORY = Path(ckpt_hooks.__file__).parents[1]
 
@@ -315,14 +318,9 @@ def test_a_failed_save_is_saved_again_before_leaving(
     tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch, is_known: bool
 ) -> None:
     """A preemption at a step whose background save has failed, told or not, saves it again before leaving."""
-    from ckpt_hooks.storage import commit
-
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise OSError(5, "Input/output error")
-
     with CheckpointHook(tmp_path, every_n_steps=5, on_save_error="warn") as hook:
         with monkeypatch.context() as patch:
-            patch.setattr(commit, "publish", fail)
+            fail(patch, commit, "publish", errno.EIO)
             hook(5, state_at(5))
             for thread in threading.enumerate():
                 if thread.name.startswith("ckpt_hooks"):

@@ -29,7 +29,7 @@ from ckpt_hooks.temporary_paths import (
     NestedTemporaryPath,
     TemporaryPath,
 )
-from tests.faulty import delay
+from tests.faulty import delay, fail
 
 STATE = {"params": np.arange(500.0), "step": 1}
 
@@ -108,12 +108,8 @@ def test_what_a_disk_kept_is_removed_by_the_next_commit(tmp_path: Path, monkeypa
     """A removal that failed is tried again, once it can be done; but not while a writer uses that name again."""
     run, kept = tmp_path / "run", tmp_path / "run" / f"1{commit.TMP_SUFFIX}"
     kept.mkdir(parents=True)
-
-    def refuse(path: str) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-
     with monkeypatch.context() as failing:
-        failing.setattr(shutil, "rmtree", refuse)
+        fail(failing, shutil, "rmtree", errno.EIO)
         with pytest.raises(OSError, match="Input/output"):
             commit.remove_tree(str(kept))
     with Checkpointer(StandardCheckpointHandler()) as checkpointer:

@@ -25,6 +25,7 @@ from ckpt_hooks.storage.foreign import ForeignArrays
 from ckpt_hooks.storage.memory import host_bytes
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.temporary_paths import require_free_bytes
+from tests.faulty import fail
 
 Arrays = dict[str, np.ndarray]
 
@@ -301,11 +302,7 @@ def test_a_file_system_without_preallocation_is_written_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where `posix_fallocate` is refused, the file is written without it."""
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, "not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    fail(monkeypatch, os, "posix_fallocate", errno.EOPNOTSUPP)
     arrays = {"a": np.arange(700_000)}
     write_item(tmp_path / "i", arrays)
     assert_equal(Database(str(tmp_path / "i")).read(["a"]), arrays)
@@ -317,15 +314,12 @@ def test_a_disk_without_the_space_is_found_before_anything_is_written(
 ) -> None:
     """Where `posix_fallocate` says that the file will not fit, or that the disk fails, not a byte is written."""
 
-    def refuse(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
     def write(descriptor: int, content: memoryview, offset: int) -> int:
         written.append((descriptor, offset))
         return len(content)
 
     written: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    fail(monkeypatch, os, "posix_fallocate", code)
     monkeypatch.setattr(os, "pwrite", write)
     with pytest.raises(OSError, match=os.strerror(code)):
         write_item(tmp_path / "i", {"a": np.arange(700_000)})
@@ -341,11 +335,7 @@ def test_a_write_that_takes_nothing_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 def test_a_failing_write_is_raised_and_closes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in one of the writing threads comes out of the call, after all threads have stopped."""
-
-    def fail(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "pwrite", fail)
+    fail(monkeypatch, os, "pwrite", errno.EIO)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="Input/output error"):
         write_item(tmp_path / "i", {"a": np.arange(700)})
@@ -531,16 +521,10 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(
 def test_a_failed_fsync_fails_and_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel reports lost pages once; asking again would hear that all is well."""
     (tmp_path / "a").write_text("a")
-    calls = []
-
-    def fail(descriptor: int) -> None:
-        calls.append(descriptor)
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    failed = fail(monkeypatch, os, "fsync", errno.EIO)
     with pytest.raises(OSError, match="Input/output"):
         commit.sync_file(str(tmp_path / "a"))
-    assert len(calls) == 1
+    assert len(failed) == 1
 
 
 @pytest.mark.parametrize("exchange", [True, False])
@@ -634,11 +618,7 @@ def test_replacing_a_file_leaves_the_old_one_when_it_fails(tmp_path: Path, monke
     """A file that is replaced is the old one or the new one, and no temporary stays."""
     path = tmp_path / "file"
     path.write_text("old")
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    fail(monkeypatch, os, "fsync", errno.ENOSPC)
     with pytest.raises(DiskFullError):
         commit.replace_file(str(path), "new")
     monkeypatch.undo()

@@ -27,7 +27,7 @@ from ckpt_hooks import (
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_committed, is_temporary
-from tests.faulty import delay
+from tests.faulty import delay, fail
 
 MARKER = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
@@ -142,13 +142,9 @@ def test_discard_after_the_commit_is_harmless(tmp_path: Path, kind: Any) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_create_that_fails_half_way_leaves_nothing(tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the directory is made but its metadata cannot be written, `discard` removes it."""
-
-    def fail(path: str, data: object) -> None:
-        raise OSError(errno.ENOSPC, "no space")
-
     temporary = temporary_of(tmp_path / "7", kind)
     with monkeypatch.context() as full:
-        full.setattr(commit, "write_file", fail)
+        fail(full, commit, "write_file", errno.ENOSPC)
         with pytest.raises(OSError, match=r"full|space"):
             temporary.create()
     temporary.discard()
@@ -258,15 +254,11 @@ def test_commit_that_cannot_be_made_durable_is_undone(
     temporary = temporary_of(tmp_path / "7")
     temporary.replaces = replaces
     (temporary.create() / "text").write_text("new")
-
-    def fail(path: str) -> None:
-        raise OSError(errno.EIO, "input/output error")
-
     with monkeypatch.context() as broken:
-        broken.setattr(commit, "sync_directory", fail)
+        fail(broken, commit, "sync_directory", errno.EIO)
         if not exchange:
             broken.setattr(commit, "_exchange", lambda one, other: False)
-        with pytest.raises(OSError, match="input/output error"):
+        with pytest.raises(OSError, match="Input/output error"):
             temporary.finalize()
     assert (temporary.get() / "text").read_text() == "new"
     temporary.discard()
@@ -280,14 +272,10 @@ def test_old_checkpoint_that_cannot_be_removed_does_not_fail_the_new_one(
 ) -> None:
     """Once the new checkpoint is durable, a failure to remove the old one is only logged."""
     commit_text(tmp_path / "7", "old")
-
-    def fail(path: str) -> None:
-        raise OSError(errno.EACCES, "not allowed")
-
-    monkeypatch.setattr(commit, "remove_tree", fail)
+    fail(monkeypatch, commit, "remove_tree", errno.EACCES)
     commit_text(tmp_path / "7", "new", replaces=True)
     assert (tmp_path / "7" / "text").read_text() == "new"
-    assert "not allowed" in caplog.text
+    assert "Permission denied" in caplog.text
 
 
 # ------------------------------------------------------------------ the marker

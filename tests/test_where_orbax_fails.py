@@ -6,6 +6,7 @@ something.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -49,6 +50,7 @@ from ckpt_hooks.errors import (
     StructureMismatchError,
     UnsupportedLeafError,
 )
+from tests.faulty import fail
 from tests.sameness import bits, typed_bits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -378,13 +380,9 @@ def test_a_full_disk_does_not_stay_full(tmp_path: Path, monkeypatch: pytest.Monk
     """Where a write fails, Orbax leaves its temporary directory; ours removes it, and the next save works."""
     assert "File too large" in orbax["full"]
     assert orbax["full_leaves"]
-
-    def no_space(*_: Any) -> int:
-        raise OSError(28, "No space left on device")
-
     with ours_at(tmp_path, range(1, 2)) as ours:
         with monkeypatch.context() as patched:
-            patched.setattr(os, "pwrite", no_space)
+            fail(patched, os, "pwrite", errno.ENOSPC)
             ours.save(2, state_of(2, 3000))
             with pytest.raises(SaveFailedError, match="full") as caught:
                 ours.wait()
@@ -544,8 +542,10 @@ def test_a_program_may_end_right_after_a_save(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_as_the_program_ends_is_no_success(tmp_path: Path) -> None:
     """Where the last save cannot be committed, the program says so and does not exit with 0."""
-    fail = "import ckpt_hooks.storage.commit as c\ndef fail(*_, **__): raise OSError('no commit')\nc.publish = fail\n"
-    done = python(fail + ASYNC_SAVE_AND_END["ours"], tmp_path)
+    no_commit = (
+        "import ckpt_hooks.storage.commit as c\ndef fail(*_, **__): raise OSError('no commit')\nc.publish = fail\n"
+    )
+    done = python(no_commit + ASYNC_SAVE_AND_END["ours"], tmp_path)
     assert done.returncode == 1
     assert "no commit" in done.stderr
 
