@@ -26,7 +26,8 @@ def fail(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, code: int, times: int | None = None
 ) -> list[tuple[Any, ...]]:
     """Calls of `owner.name` fail with this errno, all or the next so many; the arguments of those that have failed."""
-    call, failed = getattr(owner, name), []
+    call = getattr(owner, name)
+    failed: list[tuple[Any, ...]] = []
 
     def failing(*positional: Any, **keywords: Any) -> Any:
         if times is not None and len(failed) >= times:
