@@ -1,7 +1,7 @@
 """How fast the library is, beside Orbax, safetensors, flax's msgpack and the disk itself.
 
-One command a table, and `python -m benchmarks` for all of them. Each compares everybody in one process (the
-last in every process of a group), in alternating rounds, on the same bytes::
+One command a table, and `python -m benchmarks` for all of them. Each compares everybody in one process (in a process
+each where they restore, and the last one in every process of a group), in alternating rounds, on the same bytes::
 
     python -m benchmarks.save           # to durable
     python -m benchmarks.restore        # into jax.Array, page cache warm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,13 @@ class Workload:
         """The state, as JAX arrays on the default device."""
         return noise(self.shapes(scale))
 
+    def abstract(self, scale: float) -> State:
+        """What a restore of it is told, without making it."""
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tell = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32, sharding=sharding)
+        like: State = jax.tree.map(tell, self.shapes(scale), is_leaf=_is_shape)
+        return like
+
 
 def noise(shapes: Shapes) -> State:
     """Normal noise: no compressor gains much on it, as on trained weights."""
@@ -37,8 +45,12 @@ def noise(shapes: Shapes) -> State:
     def leaf(shape: tuple[int, ...]) -> jax.Array:
         return jax.device_put(generator.standard_normal(shape, np.float32))
 
-    state: State = jax.block_until_ready(jax.tree.map(leaf, shapes, is_leaf=lambda node: isinstance(node, tuple)))
+    state: State = jax.block_until_ready(jax.tree.map(leaf, shapes, is_leaf=_is_shape))
     return state
+
+
+def _is_shape(node: object) -> bool:
+    return isinstance(node, tuple)
 
 
 def abstract(state: State) -> State:

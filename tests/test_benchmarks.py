@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.workers import Worker
+
 TABLES = {  # {benchmark: what stands in its tables}
     "save": ["tiny: 3 leaves", "ours (A/A)", "orbax, tuned", "msgpack", "raw"],
     "restore": ["tiny: 3 leaves", "ours (A/A)", "orbax v1, tuned", "msgpack", "raw", "; what orbax, tuned wrote"],
@@ -36,3 +38,10 @@ def test_a_benchmark_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run["benchmark"] == name
     assert all(table["values"] for table in run["tables"])
     assert list(scratch.iterdir()) == []
+
+
+def test_a_process_that_dies_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """One that knows no such library ends, and says so on standard error; who asks it is told whose it was."""
+    with Worker("nobody") as worker, pytest.raises(RuntimeError, match="the process of nobody has died"):
+        worker.restore_secs("nowhere", "tiny", 1.0)
+    assert "StopIteration" in capfd.readouterr().err
