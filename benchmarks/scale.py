@@ -27,8 +27,9 @@ from benchmarks.report import Report, text_table
 from benchmarks.timing import seconds_of
 from ckpt_hooks import leaves, tree
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.checksums import digest, read_file
+from ckpt_hooks.storage.checksums import digest
 from ckpt_hooks.storage.layout import ArraySpec, Layout
+from ckpt_hooks.storage.lookup import read_file
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.writer import ArrayWriter, Sources
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -156,7 +157,7 @@ class Changes:
         """Whether leaves may have other names than they were saved under."""
         return self.rename is not None
 
-    @property
+    @functools.cached_property
     def is_exact(self) -> bool:
         """Whether nothing may differ but what `cast=True` allows."""
         return self == dataclasses.replace(EXACT, cast=bool(self.cast is True), item=self.item)

@@ -22,6 +22,8 @@ __all__ = ["put_bound", "put_free", "weakly_typed"]
 
 def put_free(arrays: Sequence[Any], weak: Sequence[bool] = ()) -> list[jax.Array]:
     """Arrays on the default device, free to be moved by what they are used with; `weak` as in `weakly_typed`."""
+    if not arrays:
+        return []
     if not _is_fast(arrays, weak):
         return _weakened(jax.device_put(list(arrays)), weak)
     sharding = jax.sharding.SingleDeviceSharding(_default_device())
@@ -44,7 +46,7 @@ def put_bound(
     """Arrays with these shardings, bound to their devices; `weak` as in `weakly_typed`."""
     if not arrays:
         return []
-    single = all(isinstance(sharding, jax.sharding.SingleDeviceSharding) for sharding in shardings)
+    single = set(map(type, shardings)) == {jax.sharding.SingleDeviceSharding}
     if not single or not _is_fast(arrays, weak):
         return _weakened(jax.device_put(list(arrays), list(shardings)), weak)
     return _weakened(_fast_put(arrays, shardings, weak, committed=True), weak)

@@ -18,8 +18,7 @@ from ckpt_hooks.equinox_modules import functions_among
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
 from ckpt_hooks.shards import Parts, Spread, are_undecided, spreads_of, with_saved_shardings
-from ckpt_hooks.storage.checksums import content_of
-from ckpt_hooks.storage.lookup import is_directory
+from ckpt_hooks.storage.lookup import content_of, is_directory
 from ckpt_hooks.storage.reader import ArrayInfo, Database
 from ckpt_hooks.storage.regions import Region
 from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, OWN_ARRAY_METADATA, SHARDING_FILE, STRINGS_FILE
@@ -49,6 +48,7 @@ class SavedTree:
 
     def __init__(self, directory: str, *, verify: bool = True) -> None:
         self._directory = directory
+        self._is_ours = Database.is_ours(directory)
         metadata = self._read_metadata()
         self._records = tree.records_from_json(metadata["tree_metadata"])
         self.custom_metadata = metadata.get("custom_metadata")
@@ -175,7 +175,7 @@ class SavedTree:
         start_secs = time.perf_counter()
         arrays = self._arrays.read([name for name in names if name not in self._strings])
         events.record_duration_secs(events.READ_DATA_SECS, time.perf_counter() - start_secs)
-        events.record_scalar(events.READ_BYTES, sum(array.nbytes for array in arrays.values()))
+        events.record_scalar(events.READ_BYTES, sum([array.nbytes for array in arrays.values()]))
         return arrays
 
     def metadata(self) -> Any:
@@ -197,7 +197,7 @@ class SavedTree:
     # -------------------------------------------------------------- files
 
     def _open(self, metadata: dict[str, Any], names: Sequence[str], verify: bool) -> _Arrays:
-        if Database.is_ours(self._directory):
+        if self._is_ours:
             return Database(self._directory, verify=verify)
         from ckpt_hooks.storage.foreign import ForeignArrays
 
@@ -222,17 +222,18 @@ class SavedTree:
         return metadata
 
     def _read_strings(self) -> dict[str, str]:
+        expected = [record.name for record in self._records if record.value_type == "string"]
+        if self._is_ours and not expected:
+            return {}
         strings = _read_json(os.path.join(self._directory, STRINGS_FILE)) or {}
-        missing = [
-            record.name for record in self._records if record.value_type == "string" and record.name not in strings
-        ]
+        missing = [name for name in expected if name not in strings]
         if missing or not isinstance(strings, dict):
             raise CorruptCheckpointError(f"{self._directory}: {STRINGS_FILE} lacks {missing}")
         return {record.name: strings[record.name] for record in self._records if record.name in strings}
 
     def _array_metadata_files(self) -> list[str]:
         """Ours has one; Orbax writes one a process."""
-        if Database.is_ours(self._directory):
+        if self._is_ours:
             return [os.path.join(self._directory, OWN_ARRAY_METADATA)]
         folder = os.path.join(self._directory, ARRAY_METADATA_FOLDER)
         return [os.path.join(folder, name) for name in os.listdir(folder)] if is_directory(folder) else []

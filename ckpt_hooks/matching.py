@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -214,14 +213,16 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
     spread: list[int] = []
     weak: set[int] = set()
     shardings: list[jax.sharding.Sharding] = []
-    width_is_kept = functools.cache(_width_is_kept)  # most leaves share a few dtypes
+    kept_widths: set[Any] = set()  # most leaves share a few dtypes
     is_array: dict[type, bool] = {kind: issubclass(kind, jax.Array) for kind in set(map(type, like))}
     for number, leaf in enumerate(like):
         kind = type(leaf)
-        if not is_array[kind] and (isinstance(leaf, np.ndarray | np.generic) or not hasattr(leaf, "dtype")):
+        if not is_array[kind] and kind is not jax.ShapeDtypeStruct and _stays_on_host(leaf):
             continue
-        if not width_is_kept(leaf.dtype):
-            _raise_cut(names[number], leaf.dtype)
+        if leaf.dtype not in kept_widths:
+            if not _width_is_kept(leaf.dtype):
+                _raise_cut(names[number], leaf.dtype)
+            kept_widths.add(leaf.dtype)
         if getattr(leaf, "weak_type", False):
             weak.add(number)
         sharding = getattr(leaf, "sharding", None)
@@ -246,7 +247,13 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
         values[number] = weakly_typed(values[number])
 
 
+def _stays_on_host(like: Any) -> bool:
+    return isinstance(like, np.ndarray | np.generic) or not hasattr(like, "dtype")
+
+
 def _width_is_kept(dtype: Any) -> bool:
+    if isinstance(dtype, np.dtype) and dtype.itemsize < 8:  # as nearly all are: quicker
+        return True
     return jnp.issubdtype(dtype, jax.dtypes.extended) or jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 

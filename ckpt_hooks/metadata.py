@@ -24,7 +24,7 @@ from ckpt_hooks.errors import (
     NotSerializableError,
 )
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.checksums import content_of
+from ckpt_hooks.storage.lookup import content_of
 
 __all__ = [
     "METADATA_FILE",

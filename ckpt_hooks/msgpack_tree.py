@@ -40,7 +40,7 @@ def open_tree(path: str, *, verify: bool = True) -> SavedTree:
     """The tree at a path, in whichever form. Raises CheckpointNotFoundError where there is none."""
     try:
         # What somebody has put into an item of ours is no part of it.
-        is_described = has_early_tree(path) and not Database.is_ours(path)
+        is_described = not Database.is_ours(path) and has_early_tree(path)
         return _DescribedTree(path) if is_described else SavedTree(path, verify=verify)
     except CheckpointNotFoundError:
         if not MsgpackTree.is_at(path):

@@ -18,7 +18,7 @@ from ckpt_hooks.handlers.base import CheckpointArgs
 from ckpt_hooks.handlers.composite import CompositeCheckpointHandler
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
-from ckpt_hooks.storage.lookup import is_named
+from ckpt_hooks.storage.lookup import ReadOnce, is_named
 
 __all__ = ["Watch", "describe_checkpoint", "read_checkpoint", "read_unchanged"]
 
@@ -30,15 +30,16 @@ _log = logging.getLogger(__name__)
 
 def read_checkpoint(handler: Any, path: epath.Path, args: CheckpointArgs) -> Any:
     """What `handler` restores from `path`. Raises CorruptCheckpointError where the bytes are not what was saved."""
-    start_secs = time.perf_counter()
+    start_secs, directory = time.perf_counter(), os.fspath(path)
     events.record_event(events.READ_START)
     try:
-        checksums = FileChecksums.of_checkpoint(os.fspath(path), METADATA_FILE)
-        if checksums is not None:
-            # A composite checks each item that it restores; the others need not be whole.
-            composite = isinstance(handler, CompositeCheckpointHandler)
-            checksums.check(os.fspath(path), below="" if composite else None)
-        restored = handler.restore(path, args=args)
+        with ReadOnce():
+            checksums = FileChecksums.of_checkpoint(directory, METADATA_FILE)
+            if checksums is not None:
+                # A composite checks each item that it restores; the others need not be whole.
+                composite = isinstance(handler, CompositeCheckpointHandler)
+                checksums.check(directory, below="" if composite else None)
+            restored = handler.restore(path, args=args)
     except BaseException:
         events.record_event(events.READ_FAILURE)
         raise

@@ -121,7 +121,7 @@ def _joined(parts: Parts, arrays: list[jax.Array]) -> jax.Array:
 
 def are_undecided(likes: Collection[Any]) -> bool:
     """Whether there is an abstract array that says nothing of devices."""
-    return jax.ShapeDtypeStruct in set(map(type, likes)) and any(map(_is_undecided, likes))
+    return None in [like.sharding for like in likes if type(like) is jax.ShapeDtypeStruct]
 
 
 def _is_undecided(like: Any) -> bool:

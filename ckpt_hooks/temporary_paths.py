@@ -394,16 +394,21 @@ def require_free_bytes(directory: str, said: Mapping[int, int | str]) -> None:
 
 def absolute_path(directory: Any) -> epath.Path:
     """A directory as an absolute path. Raises InvalidArgumentError for what is not on a file system."""
-    path = os.fspath(directory)
+    return epath.Path(_absolute(directory))
+
+
+def _absolute(directory: Any) -> str:
+    path: str = os.fspath(directory)
     if "://" in path:
         raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
-    return epath.Path(os.path.abspath(path))
+    return os.path.abspath(path)
 
 
 def require_finalized(directory: Any, path_class: type[TemporaryPath]) -> epath.Path:
     """The absolute path of a whole checkpoint; raises for one that is missing or was never committed."""
-    path = absolute_path(directory)
-    if not is_directory(os.fspath(path)):
+    absolute = _absolute(directory)
+    path = epath.Path(absolute)
+    if not is_directory(absolute):
         raise CheckpointNotFoundError(f"there is no checkpoint at {path}")
     if not path_class.is_finalized(path):
         raise IncompleteCheckpointError(

@@ -50,5 +50,5 @@ def count(folder: Path, num_leaves: int) -> dict[str, Any]:
         "syncs": saved["fsync"],
         "saved lines": saved["publish"],
         "restored lines": calls["publish"],
-        "entries": len(Database(str(folder / "second"))._numbers),
+        "entries": len(Database(str(folder / "second"))._values),
     }

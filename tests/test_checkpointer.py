@@ -34,8 +34,10 @@ from ckpt_hooks import (
     register_with_handler,
 )
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.temporary_paths import is_temporary
 from tests.faulty import fail
+from tests.sameness import bits
 
 PREFIX = "/jax/ckpt_hooks/"
 STANDARD_TYPESTR = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
@@ -690,6 +692,26 @@ def test_damage_outside_of_the_arrays_is_found(tmp_path: Path) -> None:
         checkpointer.save(tmp_path / "c", "a")
         (tmp_path / "c" / "note").write_text("b")
         with pytest.raises(errors.CorruptCheckpointError, match="note"):
+            checkpointer.restore(tmp_path / "c")
+
+
+def test_what_was_checked_is_what_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that becomes another one between the check and its use is not read again."""
+    state = {"w": np.arange(300.0), "note": "as it was saved"}
+    with Checkpointer(StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "c", state)
+        check = FileChecksums.check
+
+        def check_and_damage(checksums: FileChecksums, directory: str, below: str | None = None) -> None:
+            check(checksums, directory, below)
+            for name in checksums.files:
+                (Path(directory) / name).write_bytes(b"damaged")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FileChecksums, "check", check_and_damage)
+            restored = checkpointer.restore(tmp_path / "c")
+        assert bits(restored) == bits(state)
+        with pytest.raises(errors.CorruptCheckpointError, match="_METADATA"):
             checkpointer.restore(tmp_path / "c")
 
 

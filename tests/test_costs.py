@@ -85,6 +85,15 @@ def test_system_calls_do_not_grow_with_the_leaves(tmp_path: Path) -> None:
         assert {name: many[name] - few[name] for name in SYSTEM_CALLS if many[name] > few[name] + 1} == {}
 
 
+def test_a_restore_opens_each_small_file_once(tmp_path: Path) -> None:
+    """Seven small files are opened once each, and the one with the arrays once for the index and once for them."""
+    state = {"w": jnp.ones(300), "b": jnp.zeros(3)}
+    with Checkpointer(StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "c", state)
+        counts = calls_of(lambda: checkpointer.restore(tmp_path / "c", state))
+    assert counts["open"] == 7 + 2
+
+
 def test_a_small_checkpoint_has_few_files_to_sync(tmp_path: Path) -> None:
     """One tree: nine files, each synced once, as two directories in it, its own and the parent's. The step metadata are
     written twice, at the beginning and at the end."""

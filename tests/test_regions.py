@@ -231,10 +231,9 @@ def test_the_files_of_a_process_from_another_step_are_noticed(tmp_path: Path) ->
 def test_bytes_without_a_checksum_are_an_error(start: int, end: int) -> None:
     """Before, between and behind the pieces that were summed; what they cover whole is found."""
     table = PieceTable(np.array([(5, 10, 1), (20, 10, 2), (30, 10, 3)], checksums.PIECE))
-    first, stop = table.covering(np.array([5, 21]), np.array([15, 40]), "data")
-    assert (first.tolist(), stop.tolist()) == ([0, 1], [1, 3])
+    assert (table.covering(5, 15, "data"), table.covering(21, 40, "data")) == (range(1), range(1, 3))
     with pytest.raises(CorruptCheckpointError, match=f"data: no checksum covers the bytes from {start} to {end}"):
-        table.covering(np.array([5, start]), np.array([15, end]), "data")
+        table.covering(start, end, "data")
 
 
 @pytest.mark.parametrize("chunk_shape", [(4096, 4096), (512, 4096), (64, 4096), (4096, 4)])

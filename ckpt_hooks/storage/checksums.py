@@ -27,11 +27,12 @@ that a crash between the two leaves a checkpoint that still verifies::
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ import xxhash
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import COMMIT_MARKER
-from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
+from ckpt_hooks.storage.lookup import blocks_of, content_of, is_directory, is_file, is_there, read_file
 from ckpt_hooks.storage.per_process import ARRAY_FILE, DATA_FOLDER, array_file, is_for_another
 
 __all__ = [
@@ -50,18 +51,14 @@ __all__ = [
     "FileChecksums",
     "ItemChecksums",
     "PieceTable",
-    "content_of",
     "digest",
-    "read_file",
 ]
 
 FILE = "_CHECKSUMS"
 PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
 _TITLE = "ckpt_hooks checksums 1"
-_READ_NBYTES = 64 << 10  # small enough for memory that need not be fetched from the system
 
 Pieces = npt.NDArray[np.void]
-I64 = npt.NDArray[np.int64]
 Digest = tuple[str, int]  # 16 hex digits, size in bytes
 
 digest = xxhash.xxh3_64_intdigest
@@ -170,30 +167,23 @@ class PieceTable:
     """
 
     def __init__(self, pieces: Pieces) -> None:
-        self.starts = pieces["offset"].astype(np.int64)
-        self.ends = self.starts + pieces["nbytes"].astype(np.int64)
-        self.digests: list[int] = pieces["digest"].tolist()
-        holes = self.starts[1:] != self.ends[:-1]
-        self._holes_before = np.concatenate(([0], np.cumsum(holes)))
+        rows: list[tuple[int, int, int]] = pieces.tolist()
+        self.starts = [offset for offset, _, _ in rows]
+        self.ends = [offset + nbytes for offset, nbytes, _ in rows]
+        self.digests = [saved for _, _, saved in rows]
 
-    def covering(self, offsets: I64, ends: I64, path: str) -> tuple[I64, I64]:
-        """For each range, its first piece and the one after its last; an error where the pieces leave a hole in it."""
-        first = np.searchsorted(self.starts, offsets, "right") - 1
-        last = np.searchsorted(self.starts, ends, "left") - 1
-        covered = (first >= 0) & (last >= first)
-        covered[covered] &= (self.ends[last] >= ends)[covered] & (
-            self._holes_before[first] == self._holes_before[last]
-        )[covered]
-        if not covered.all():
-            number = int(np.argmin(covered))
-            raise CorruptCheckpointError(
-                f"{path}: no checksum covers the bytes from {offsets[number]} to {ends[number]}"
-            )
-        return first, last + 1
+    def covering(self, offset: int, end: int, path: str) -> range:
+        """The pieces that a range of the file lies in; an error where they leave a hole in it."""
+        first = bisect.bisect_right(self.starts, offset) - 1
+        last = bisect.bisect_left(self.starts, end) - 1
+        covered = 0 <= first <= last and end <= self.ends[last]
+        if not covered or any(self.ends[number] != self.starts[number + 1] for number in range(first, last)):
+            raise CorruptCheckpointError(f"{path}: no checksum covers the bytes from {offset} to {end}")
+        return range(first, last + 1)
 
     def nbytes(self, pieces: range) -> int:
         """The length of neighbouring pieces."""
-        return int(self.ends[pieces.stop - 1] - self.starts[pieces.start]) if pieces else 0
+        return self.ends[pieces.stop - 1] - self.starts[pieces.start] if pieces else 0
 
     def runs(self, pieces: range, nbytes: int) -> Iterator[range]:
         """Neighbouring pieces, as many at a time as have no more than so many bytes, but at least one."""
@@ -225,7 +215,16 @@ class FileChecksums:
     @classmethod
     def of_directory(cls, directory: str) -> FileChecksums:
         """Reads and sums every file below `directory` that no ``_ARRAY_CHECKSUMS`` covers."""
-        files = {path: (_file_digest(os.path.join(directory, path)),) for path in _uncovered(directory)}
+        files: dict[str, tuple[Digest, ...]] = {}
+        for folder, folders, names in os.walk(directory):
+            if ARRAY_FILE in names:
+                folders.remove(DATA_FOLDER)  # the array table covers its files; os.walk does not go there now
+            here = folder[len(directory) + 1 :]
+            for name in names:
+                path = f"{here}/{name}" if here else name
+                # What a commit marker says is nowhere trusted, so a damaged one does no harm.
+                if path != FILE and name != COMMIT_MARKER:
+                    files[path] = (_digest_of(blocks_of(f"{directory}/{path}")),)
         return cls(files)
 
     @classmethod
@@ -295,12 +294,12 @@ class FileChecksums:
         """These checksums, with the new content of some files accepted beside the old one."""
         # A file that is new is in none of the two until it is there: a listed file that is missing is damage.
         known = {path: data for path, data in changed.items() if path in self.files}
-        added = {path: (*self.files[path], _digest_of(data)) for path, data in known.items()}
+        added = {path: (*self.files[path], _digest_of([data])) for path, data in known.items()}
         return FileChecksums({**self.files, **added})
 
     def replacing(self, changed: Mapping[str, bytes]) -> FileChecksums:
         """These checksums, with the new content of some files accepted instead of the old one."""
-        return FileChecksums({**self.files, **{path: (_digest_of(d),) for path, d in changed.items()}})
+        return FileChecksums({**self.files, **{path: (_digest_of([d]),) for path, d in changed.items()}})
 
     def items(self) -> set[str]:
         """The names of the sub-directories that hold a covered file."""
@@ -315,7 +314,7 @@ class FileChecksums:
             item = path.split("/", 1)[0] if "/" in path else ""
             if below is not None and item != below:
                 continue
-            problem = _problem(os.path.join(directory, path), accepted)
+            problem = _problem(f"{directory}/{path}", accepted)
             if problem:
                 yield problem
 
@@ -336,34 +335,6 @@ class FileChecksums:
             raise CorruptCheckpointError(problem)
 
 
-def read_file(path: str) -> bytes:
-    """What is in a file of a checkpoint. Raises CorruptCheckpointError where it is missing."""
-    try:
-        return content_of(path)
-    except FileNotFoundError:
-        raise CorruptCheckpointError(f"{path} is missing") from None
-
-
-def content_of(path: str) -> bytes:
-    """What is in a file, without a file object, which costs more than reading the small files that most of them are.
-
-    Raises CorruptCheckpointError where it is a directory.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        blocks = [os.read(descriptor, os.fstat(descriptor).st_size + 1)]
-        while blocks[-1]:
-            blocks.append(os.read(descriptor, _READ_NBYTES))
-    except IsADirectoryError:
-        raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
-    except OSError as error:
-        error.filename = path
-        raise
-    finally:
-        os.close(descriptor)
-    return b"".join(blocks)
-
-
 def array_problems(directory: str) -> Iterator[str]:
     """Reads every data file below `directory` and names each piece that is not what was saved."""
     for folder, _, names in os.walk(directory):
@@ -377,7 +348,7 @@ def array_problems(directory: str) -> Iterator[str]:
 
 def _problem(path: str, accepted: Sequence[Digest]) -> str | None:
     try:
-        found = _file_digest(path)
+        found = _digest_of(blocks_of(path))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         found = None
     if found in accepted:
@@ -391,29 +362,9 @@ def _size(nbytes: int | None) -> str:
     return "missing" if nbytes is None else f"{nbytes} bytes"
 
 
-def _digest_of(data: bytes) -> Digest:
-    return f"{digest(data):016x}", len(data)
-
-
-def _file_digest(path: str) -> Digest:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        state, nbytes = xxhash.xxh3_64(), 0
-        while block := os.read(descriptor, _READ_NBYTES):
-            state.update(block)
-            nbytes += len(block)
-    finally:
-        os.close(descriptor)
+def _digest_of(blocks: Iterable[bytes]) -> Digest:
+    state, nbytes = xxhash.xxh3_64(), 0
+    for block in blocks:
+        state.update(block)
+        nbytes += len(block)
     return f"{state.intdigest():016x}", nbytes
-
-
-def _uncovered(directory: str) -> Iterator[str]:
-    for folder, folders, names in os.walk(directory):
-        if ARRAY_FILE in names:
-            folders.remove(DATA_FOLDER)  # the array table covers its files; os.walk does not go there now
-        here = folder[len(directory) + 1 :]
-        for name in names:
-            # What a commit marker says is nowhere trusted, so a damaged one does no harm.
-            path = f"{here}/{name}" if here else name
-            if path != FILE and name != COMMIT_MARKER:
-                yield path

@@ -1,19 +1,30 @@
-"""`os.path.exists` and its like, to which a disk that fails looks like an empty one: here it is an error.
+"""What is on the disk: whether something is there, and what is in a small file.
 
-A step that one failing look-up calls absent would be passed over, or taken for damaged, or a run would begin afresh.
+To `os.path.exists` and its like a disk that fails looks like an empty one: here it is an error. A step that one failing
+look-up calls absent would be passed over, or taken for damaged, or a run would begin afresh.
+
+A small file is read whole and, within one restore, once: what a check has read is what is used afterwards.
 """
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from typing import Self
 
-from ckpt_hooks.errors import explain_os_error
+from ckpt_hooks.errors import CorruptCheckpointError, explain_os_error
 
-__all__ = ["is_directory", "is_file", "is_named", "is_there"]
+__all__ = ["ReadOnce", "blocks_of", "content_of", "is_directory", "is_file", "is_named", "is_there", "read_file"]
 
 _NOT_THERE_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
+
+_BLOCK_BYTES = 64 << 10  # small enough for memory that need not be fetched from the system
+_HELD_BLOCKS = 256  # a file of so many is read anew by whoever wants it
+
+_held: contextvars.ContextVar[dict[str, list[bytes]] | None] = contextvars.ContextVar("held", default=None)
 
 _Path = str | os.PathLike[str]
 
@@ -53,3 +64,56 @@ def _mode(path: _Path, *, follow_symlinks: bool = True) -> int | None:
         if error.errno in _NOT_THERE_ERRNOS:
             return None
         raise explain_os_error(error, f"cannot look at {os.fspath(path)}") from error
+
+
+# ------------------------------------------------------------------ small files
+
+
+class ReadOnce:
+    """Within this context a thread reads each small file once."""
+
+    def __enter__(self) -> Self:
+        self._token = _held.set({})
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _held.reset(self._token)
+
+
+def read_file(path: str) -> bytes:
+    """What is in a file of a checkpoint. Raises CorruptCheckpointError where it is missing."""
+    try:
+        return content_of(path)
+    except FileNotFoundError:
+        raise CorruptCheckpointError(f"{path} is missing") from None
+
+
+def content_of(path: str) -> bytes:
+    """What is in a file. Raises CorruptCheckpointError where it is a directory."""
+    try:
+        return b"".join(blocks_of(path))
+    except IsADirectoryError:
+        raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
+
+
+def blocks_of(path: str) -> Iterator[bytes]:
+    """What is in a file, block by block; within `ReadOnce`, what was in it when it was first read."""
+    held = _held.get()
+    if held is not None and path in held:
+        yield from held[path]
+        return
+    # Without a file object, which costs more than reading the small files that most of them are.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        blocks: list[bytes] = []
+        while block := os.read(descriptor, _BLOCK_BYTES):
+            if held is not None and len(blocks) < _HELD_BLOCKS:
+                blocks.append(block)
+            yield block
+        if held is not None and len(blocks) < _HELD_BLOCKS:
+            held[path] = blocks
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(descriptor)

@@ -20,19 +20,20 @@ An encoded node, all integers little-endian unless noted, "v" a LEB128 varint, c
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError
-from ckpt_hooks.storage.varints import decode_integers, decode_varints, encode_varints, varint
+from ckpt_hooks.storage.varints import decode_integers, encode_varints, varint
 
 __all__ = [
     "Child",
+    "Location",
     "Node",
     "Root",
     "decode_manifest",
@@ -46,14 +47,14 @@ _MANIFEST_MAGIC = 0x0CDB3A2A
 _OUTER_HEADER = struct.Struct("<4sQBB")  # magic (big-endian on disk), length, version, compression
 _CRC_NBYTES = 4
 MANIFEST_FILE = "manifest.ocdbt"
+_OUTSIDE = 1  # the kind of a value that stands in a data file
 MAX_INLINE_VALUE_BYTES = 1024  # Orbax's setting, recorded in the manifest
 _MAX_DECODED_NODE_BYTES = 100_000_000  # likewise
 
 MANIFEST_UUID = slice(_OUTER_HEADER.size, _OUTER_HEADER.size + 16)
 MANIFEST_TIME = slice(-9, -1)
 
-I64 = npt.NDArray[np.int64]
-_NO_NUMBERS: I64 = np.zeros(0, np.int64)
+Location = tuple[str, int, int]  # of a value: its data file, offset and length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,22 +83,12 @@ _MISSING = Child(b"", "", _NOWHERE, _NOWHERE, 0, 0, 0)  # how tensorstore writes
 
 
 class Node(NamedTuple):
-    """A decoded node: the values of a leaf in columns, or the children of an interior node.
+    """A decoded node: the values of a leaf by their keys, or the children of an interior node.
 
-    Attributes:
-      keys: in their order.
-      nbytes: the lengths of the values.
-      files: for each value, the number of its file in `file_table`, or -1 where it stands in the node.
-      offsets: of the values, in their file or in `body`.
-      body: the node without header and checksum.
+    A value is bytes where it stands in the node itself.
     """
 
-    keys: list[bytes]
-    nbytes: I64
-    files: I64
-    offsets: I64
-    file_table: list[str]
-    body: memoryview
+    values: dict[bytes, bytes | Location]
     children: tuple[Child, ...] = ()
 
 
@@ -272,15 +263,14 @@ def decode_node(encoded: bytes | memoryview) -> Node:
     files = reader.file_table()
     (num,) = reader.column(1)
     keys = reader.keys(num, interior=height > 0)
-    if height > 0:
-        columns = [reader.column(num) for _ in range(6)]
-        rows = zip(keys, *columns, strict=True)
-        children = tuple(Child(key, files[file], *rest) for key, file, *rest in rows)
-        return Node([], _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, [], memoryview(b""), children)
-    return reader.leaf(keys, files)
+    if height == 0:
+        return Node(dict(zip(keys, reader.values(num, files), strict=True)))
+    columns = [reader.column(num) for _ in range(6)]
+    rows = zip(keys, *columns, strict=True)
+    return Node({}, tuple(Child(key, files[file], *rest) for key, file, *rest in rows))
 
 
-def _open(magic: int, encoded: bytes | memoryview, what: str) -> memoryview:
+def _open(magic: int, encoded: bytes | memoryview, what: str) -> bytes:
     view = memoryview(encoded)
     if len(view) < _OUTER_HEADER.size + _CRC_NBYTES:
         raise CorruptCheckpointError(f"index {what} is cut off at {len(view)} bytes")
@@ -288,22 +278,22 @@ def _open(magic: int, encoded: bytes | memoryview, what: str) -> memoryview:
     if int.from_bytes(found_magic, "big") != magic or length != len(view) or version != 0:
         raise CorruptCheckpointError(f"index {what} has a damaged header")
     (crc,) = struct.unpack_from("<I", view, length - _CRC_NBYTES)
-    if google_crc32c.value(bytes(view[:-_CRC_NBYTES])) != crc:
+    covered = bytes(view[:-_CRC_NBYTES])
+    if google_crc32c.value(covered) != crc:
         raise CorruptCheckpointError(f"index {what} fails its CRC-32C")
     if compression != 0:
         raise CorruptCheckpointError(f"index {what} is compressed; ours never are")
-    return view[_OUTER_HEADER.size : -_CRC_NBYTES]
+    return covered[_OUTER_HEADER.size :]
 
 
 class _Reader:
     """A position in the body of a node."""
 
-    def __init__(self, body: memoryview) -> None:
+    def __init__(self, body: bytes) -> None:
         self._body = body
-        self._bytes = np.frombuffer(body, np.uint8)
         self._at = 0
 
-    def skip(self, nbytes: int) -> memoryview:
+    def skip(self, nbytes: int) -> bytes:
         part = self._body[self._at : self._at + nbytes]
         if len(part) < nbytes:
             raise CorruptCheckpointError("index node is cut off")
@@ -313,12 +303,8 @@ class _Reader:
     def byte(self) -> int:
         return self.skip(1)[0]
 
-    def array(self, num: int) -> I64:
-        values, self._at = decode_varints(self._bytes, self._at, num)
-        return values.astype(np.int64)
-
     def column(self, num: int) -> list[int]:
-        values, self._at = decode_integers(self._bytes, self._at, num)
+        values, self._at = decode_integers(self._body, self._at, num)
         return values
 
     def file_table(self) -> list[str]:
@@ -336,7 +322,7 @@ class _Reader:
         return self._unshare(shared, lengths)
 
     def _unshare(self, shared: list[int], lengths: list[int]) -> list[bytes]:
-        suffixes, at = bytes(self.skip(sum(lengths))), 0
+        suffixes, at = self.skip(sum(lengths)), 0
         keys = []
         key = b""
         for keep, length in zip(shared, lengths, strict=True):
@@ -345,14 +331,14 @@ class _Reader:
             keys.append(key)
         return keys
 
-    def leaf(self, keys: list[bytes], file_table: list[str]) -> Node:
-        nbytes = self.array(len(keys))
-        is_outside = self.array(len(keys)) == 1
-        num_outside = int(is_outside.sum())
-        files, offsets = np.full(len(keys), -1), np.zeros(len(keys), np.int64)
-        files[is_outside] = self.array(num_outside)
-        offsets[is_outside] = self.array(num_outside)
-        inline = nbytes[~is_outside]
-        offsets[~is_outside] = self._at + np.cumsum(inline) - inline
-        self.skip(int(inline.sum()))
-        return Node(keys, nbytes, files, offsets, file_table, self._body)
+    def values(self, num: int, files: list[str]) -> list[bytes | Location]:
+        lengths, kinds = self.column(num), self.column(num)
+        outside = [place for place, kind in enumerate(kinds) if kind == _OUTSIDE]
+        numbers, offsets = self.column(len(outside)), self.column(len(outside))
+        inside = [0 if kind == _OUTSIDE else length for kind, length in zip(kinds, lengths, strict=True)]
+        content = self.skip(sum(inside))
+        ends = itertools.accumulate(inside, initial=0)
+        values: list[bytes | Location] = [content[start:end] for start, end in itertools.pairwise(ends)]
+        for place, number, offset in zip(outside, numbers, offsets, strict=True):
+            values[place] = files[number], offset, lengths[place]
+        return values

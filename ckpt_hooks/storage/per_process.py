@@ -11,7 +11,7 @@ __all__ = ["ARRAY_FILE", "DATA_FOLDER", "PROCESS_FILE", "array_file", "is_for_an
 ARRAY_FILE = "_ARRAY_CHECKSUMS"
 DATA_FOLDER = "d"
 PROCESS_FILE = re.compile(r"process_(\d+)-of-(\d+)\.json")
-_IS_TABLE_OF_ANOTHER = re.compile(rf"{ARRAY_FILE}\.[1-9]\d*").fullmatch
+_OF_ONE_PROCESS = re.compile(rf"(?:.*/)?(?:{PROCESS_FILE.pattern}|{ARRAY_FILE}\.[1-9]\d*)", re.DOTALL).fullmatch
 
 
 def array_file(rank: int) -> str:
@@ -36,8 +36,7 @@ def is_for_another(path: str) -> bool:
     >>> is_for_another("params/_ARRAY_CHECKSUMS.2"), is_for_another("data/process_0-of-1.json")
     (True, False)
     """
-    name = path.rpartition("/")[2]
-    found = PROCESS_FILE.fullmatch(name)
-    if found is None:
-        return _IS_TABLE_OF_ANOTHER(name) is not None
+    found = _OF_ONE_PROCESS(path)
+    if found is None or found[1] is None:
+        return found is not None
     return found[1] != str(processes.index()) and found[2] == str(processes.count())

@@ -15,17 +15,15 @@ from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and its siblings with NumPy by name)
 import numpy as np
-import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError, PartialCheckpointError
 from ckpt_hooks.storage import ocdbt
-from ckpt_hooks.storage.checksums import ARRAY_FILE, ItemChecksums, PieceTable, check_piece, read_file
+from ckpt_hooks.storage.checksums import ARRAY_FILE, ItemChecksums, PieceTable, check_piece
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompressed
 from ckpt_hooks.storage.layout import ALIGNMENT_BYTES, array_key
-from ckpt_hooks.storage.lookup import is_file
+from ckpt_hooks.storage.lookup import is_file, read_file
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, fill
-from ckpt_hooks.storage.ocdbt import I64
 from ckpt_hooks.storage.regions import Overlap, Region, overlaps, shape_of, whole
 from ckpt_hooks.storage.slices import Slice, slice_tasks
 
@@ -39,6 +37,7 @@ _THREADS = 2
 _WORTH_A_THREAD_BYTES = 4 << 20
 _SPARSE = 2  # so many times the bytes that are wanted, nobody should hold for long
 _METADATA_KEY = b".zarray"
+_STEM, _END = slice(None, -len(_METADATA_KEY)), slice(-len(_METADATA_KEY), None)
 
 
 class ArrayInfo(NamedTuple):
@@ -63,17 +62,20 @@ class _Stored(NamedTuple):
     only_suffix: bytes
 
 
-_Array = tuple[_Stored, int]  # and the number of its only chunk, -1 where it has several or none
-_Value = tuple[Any, int]  # memory that holds it, and where in it the value begins
-_NOTHING: _Value = (b"", 0)
+_Value = bytes | ocdbt.Location  # of the index
+_Array = tuple[_Stored, _Value | None]  # and its only chunk, None where it has several or none
+_Chunk = tuple[Any, int]  # memory that holds it, and where in it the chunk begins
+_Range = tuple[int, int, int]  # of a data file: its offset and length, and the place of what is in it
+_Slab = tuple[range, list[_Range]]  # neighbouring pieces, and what is wanted of them
+_NOTHING: _Chunk = (b"", 0)
 _NO_ARRAY = np.empty(0)  # until it is read
 
 
 class _Part(NamedTuple):
-    """What a region takes of a chunk, and where it goes; the number is that of the chunk's value."""
+    """What a region takes of a chunk, which the key is of, and where it goes."""
 
     stored: _Stored
-    number: int
+    key: bytes
     in_chunk: tuple[slice, ...]
     target: np.ndarray
 
@@ -89,14 +91,10 @@ class Database:
         self._verify = verify
         self._checksums = ItemChecksums(directory)
         self._pieces: dict[str, PieceTable] = {}
-        self._numbers: dict[bytes, int] = {}  # of the values, by their keys
-        self._nbytes, self._files, self._offsets = (np.zeros(0, np.int64) for _ in range(3))
-        self._file_names: list[str] = []
-        self._bodies: list[memoryview] = []  # of the nodes; where `_files` is -1 - n, the value stands in body n
-        self._arrays: dict[str, _Array] = {}
+        self._values: dict[bytes, _Value] = {}
         for node in self._read_index():
-            self._add_node(node)
-        self._find_arrays()
+            self._values.update(node.values)
+        self._arrays = dict(self._find_arrays())
 
     @staticmethod
     def is_ours(directory: str) -> bool:
@@ -111,15 +109,21 @@ class Database:
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The arrays of these names; memory is aligned to 64 bytes and shared with no other call."""
-        wanted = {name: self._arrays[name] for name in names}
-        in_one = {name: stored for name, (stored, chunk) in wanted.items() if chunk >= 0}
-        numbers = [chunk for _, chunk in wanted.values() if chunk >= 0]
-        values = self._read_chunks(list(in_one.values()), np.array(numbers, np.int64))
+        in_one: dict[str, _Stored] = {}
+        values: list[_Value] = []
+        cut: dict[str, list[Region]] = {}
+        for name in names:
+            stored, value = self._arrays[name]
+            if value is None:
+                cut[name] = [whole(stored.info.shape)]
+            else:
+                in_one[name] = stored
+                values.append(value)
+        chunks = self._read_chunks(list(in_one.values()), values)
         arrays = {
             name: np.ndarray(stored.info.shape, stored.info.dtype, memory, offset)  # what was read is the array
-            for (name, stored), (memory, offset) in zip(in_one.items(), values, strict=True)
+            for (name, stored), (memory, offset) in zip(in_one.items(), chunks, strict=True)
         }
-        cut = {name: [whole(stored.info.shape)] for name, (stored, chunk) in wanted.items() if chunk < 0}
         return arrays | {name: array for name, (array,) in self.read_regions(cut).items()} if cut else arrays
 
     # -------------------------------------------------------------- regions
@@ -128,58 +132,58 @@ class Database:
         """Regions of arrays, each in memory of its own; beside it, no more is held than a bounded number of bytes."""
         found: dict[str, list[np.ndarray]] = {}
         parts: list[_Part] = []
-        chunks: list[tuple[str, int, _Stored, int]] = []  # of the regions that are a chunk each
+        chunks: list[tuple[str, int, _Stored, _Value]] = []  # of the regions that are a chunk each
         for name, regions in wanted.items():
             stored, arrays = self._arrays[name][0], found.setdefault(name, [])
             for region in regions:
                 cut = overlaps(region, stored.info.chunk_shape)
                 if len(cut) == 1 and shape_of(region) == stored.info.chunk_shape:
-                    chunks.append((name, len(arrays), stored, self._chunk(name, cut[0])))
+                    chunks.append((name, len(arrays), stored, self._values[self._key(name, cut[0])]))
                     arrays.append(_NO_ARRAY)
                     continue
                 array = _empty(shape_of(region), stored.info.dtype)
                 arrays.append(array)
                 for overlap in cut:
                     index: Any = (*overlap.in_region, ...)  # with them it is a view, also of an array without axes
-                    parts.append(_Part(stored, self._chunk(name, overlap), overlap.in_chunk, array[index]))
-        numbers = np.array([number for *_, number in chunks], np.int64)
-        values = self._read_chunks([stored for _, _, stored, _ in chunks], numbers)
-        for (name, place, stored, _), (memory, offset) in zip(chunks, values, strict=True):
+                    parts.append(_Part(stored, self._key(name, overlap), overlap.in_chunk, array[index]))
+        read = self._read_chunks([stored for _, _, stored, _ in chunks], [value for *_, value in chunks])
+        for (name, place, stored, _), (memory, offset) in zip(chunks, read, strict=True):
             found[name][place] = np.ndarray(stored.info.chunk_shape, stored.info.dtype, memory, offset)
         self._fill(parts)
         return found
 
-    def _chunk(self, name: str, overlap: Overlap) -> int:
-        """The number of a chunk's value."""
-        number = self._numbers.get(array_key(name, overlap.suffix))
-        if number is None:
+    def _key(self, name: str, overlap: Overlap) -> bytes:
+        """The key of a chunk that there is."""
+        key = array_key(name, overlap.suffix)
+        if key not in self._values:
             lacking = f"{self._directory}: array {name!r} lacks chunk {overlap.suffix}"
             owner = self._checksums.part_of_process
             raise CorruptCheckpointError(lacking) if owner is None else PartialCheckpointError.of(owner, lacking)
-        return number
+        return key
 
     def _fill(self, parts: Sequence[_Part]) -> None:
-        sliced: dict[int, list[_Part]] = {}
-        batch: dict[int, list[_Part]] = {}
+        sliced: dict[str, list[_Part]] = {}
+        batch: dict[bytes, list[_Part]] = {}
         batch_nbytes = 0
         for part in parts:
-            file = int(self._files[part.number])
-            if file >= 0 and part.stored.chunk_nbytes > _LARGE_BYTES and not part.stored.is_compressed:
-                sliced.setdefault(file, []).append(part)
+            value = self._values[part.key]
+            is_large = part.stored.chunk_nbytes > _LARGE_BYTES and not part.stored.is_compressed
+            if is_large and not isinstance(value, bytes):
+                sliced.setdefault(value[0], []).append(part)
                 continue
-            if part.number not in batch:
+            if part.key not in batch:
                 if batch and batch_nbytes + part.stored.chunk_nbytes > _BATCH_BYTES:
                     self._fill_from_chunks(batch)
                     batch, batch_nbytes = {}, 0
                 batch_nbytes += part.stored.chunk_nbytes
-            batch.setdefault(part.number, []).append(part)
+            batch.setdefault(part.key, []).append(part)
         self._fill_from_chunks(batch)
         for file, some in sliced.items():
-            self._fill_sliced(self._file_names[file], some)
+            self._fill_sliced(file, some)
 
-    def _fill_from_chunks(self, batch: Mapping[int, Sequence[_Part]]) -> None:
-        values = self._read_chunks([parts[0].stored for parts in batch.values()], np.array(list(batch), np.int64))
-        for parts, (memory, offset) in zip(batch.values(), values, strict=True):
+    def _fill_from_chunks(self, batch: Mapping[bytes, Sequence[_Part]]) -> None:
+        chunks = self._read_chunks([parts[0].stored for parts in batch.values()], [self._values[key] for key in batch])
+        for parts, (memory, offset) in zip(batch.values(), chunks, strict=True):
             info = parts[0].stored.info
             chunk = np.ndarray(info.chunk_shape, info.dtype, memory, offset)
             for part in parts:
@@ -190,9 +194,10 @@ class Database:
         path, pieces = f"{self._directory}/{name}", self._pieces_of(name)
         slices = []
         for part in parts:
-            self._check_lengths([part.stored], np.array([part.number], np.int64))
-            offset = int(self._offsets[part.number])
-            slices.append(Slice.of_chunk(offset, part.stored.info.chunk_shape, part.in_chunk, part.target))
+            _, offset, nbytes = self._values[part.key]
+            if nbytes != part.stored.chunk_nbytes:
+                raise self._wrong_length()
+            slices.append(Slice.of_chunk(int(offset), part.stored.info.chunk_shape, part.in_chunk, part.target))
         descriptor = _open(path)
         try:
             read = functools.partial(self._read_block, path, descriptor, pieces)
@@ -202,118 +207,94 @@ class Database:
 
     # -------------------------------------------------------------- the index
 
-    def _read_index(self) -> list[ocdbt.Node]:
-        root = ocdbt.decode_manifest(read_file(os.path.join(self._directory, ocdbt.MANIFEST_FILE)))
+    def _read_index(self) -> Iterator[ocdbt.Node]:
+        root = ocdbt.decode_manifest(read_file(f"{self._directory}/{ocdbt.MANIFEST_FILE}"))
         pending = [] if root.child is None else [root.child]
-        nodes = []
         while pending:
             child = pending.pop()
-            ((memory, at),) = self._read_ranges(child.file, np.array([child.offset]), np.array([child.nbytes]))
+            chunks = [_NOTHING]
+            self._read_ranges(child.file, [(child.offset, child.nbytes, 0)], chunks)
+            memory, at = chunks[0]
             node = ocdbt.decode_node(memory.data[at : at + child.nbytes])
             pending += node.children
-            nodes.append(node)
-        return nodes
+            yield node
 
-    def _add_node(self, node: ocdbt.Node) -> None:
-        known = len(self._nbytes)
-        self._numbers.update(zip(node.keys, range(known, known + len(node.keys)), strict=True))
-        files = np.where(node.files < 0, -1 - len(self._bodies), node.files + len(self._file_names))
-        self._bodies.append(node.body)
-        self._file_names += node.file_table
-        self._nbytes = np.concatenate((self._nbytes, node.nbytes))
-        self._files = np.concatenate((self._files, files))
-        self._offsets = np.concatenate((self._offsets, node.offsets))
-
-    def _find_arrays(self) -> None:
+    def _find_arrays(self) -> Iterator[tuple[str, _Array]]:
         """One pass over the keys: asking for the parts of every array by name would take several times as long."""
-        files, offsets, nbytes = self._files.tolist(), self._offsets.tolist(), self._nbytes.tolist()
-        for key, number in self._numbers.items():
-            if not key.endswith(_METADATA_KEY) or files[number] >= 0:
-                continue
-            encoded = self._bodies[-1 - files[number]][offsets[number] : offsets[number] + nbytes[number]]
-            stored = _parse_zarray(bytes(encoded))
-            stem, suffix = key[: -len(_METADATA_KEY)], stored.only_suffix
-            self._arrays[stem[:-1].decode()] = stored, self._numbers.get(stem + suffix, -1) if suffix else -1
+        for key, value in self._values.items():
+            if key[_END] == _METADATA_KEY and type(value) is bytes:
+                stored, stem = _parse_zarray(value), key[_STEM]
+                chunk = self._values.get(stem + stored.only_suffix) if stored.only_suffix else None
+                yield stem[:-1].decode(), (stored, chunk)
 
     # -------------------------------------------------------------- bytes
 
-    def _read_chunks(self, owners: Sequence[_Stored], numbers: I64) -> list[_Value]:
-        """The chunks with these numbers, of these arrays."""
-        is_compressed, expected = self._check_lengths(owners, numbers)
-        values = self._read_values(numbers)
-        decompress = functools.partial(self._decompress, values, self._nbytes[numbers].tolist(), expected.tolist())
-        places = np.flatnonzero(is_compressed).tolist()
-        run_parallel([functools.partial(decompress, place) for place in places], _THREADS if places else 1)
-        return values
+    def _read_chunks(self, owners: Sequence[_Stored], values: Sequence[_Value]) -> list[_Chunk]:
+        """The chunks of these arrays that the index has at these places."""
+        chunks: list[_Chunk] = [_NOTHING] * len(values)
+        outside: dict[str, list[_Range]] = {}
+        compressed = []
+        last_file, ranges = "", list[_Range]()
+        for place, (owner, value) in enumerate(zip(owners, values, strict=True)):
+            if isinstance(value, bytes):
+                nbytes = len(value)
+                # Checked with the node that it stands in; copied, since the caller may write to it.
+                chunks[place] = bytearray(value), 0
+            else:
+                file, offset, nbytes = value
+                if file != last_file:  # most are in one
+                    last_file, ranges = file, outside.setdefault(file, [])
+                ranges.append((offset, nbytes, place))
+            if owner.is_compressed:
+                compressed.append((place, nbytes, owner.chunk_nbytes))
+            elif nbytes != owner.chunk_nbytes:
+                raise self._wrong_length()
+        for file, ranges in outside.items():
+            self._read_ranges(file, ranges, chunks)
+        if compressed:
+            decompress = functools.partial(self._decompress, chunks)
+            run_parallel([functools.partial(decompress, *chunk) for chunk in compressed], _THREADS)
+        return chunks
 
-    def _check_lengths(self, owners: Sequence[_Stored], numbers: I64) -> tuple[npt.NDArray[np.bool_], I64]:
-        """Whether each chunk is compressed, and how many bytes it has when it is not."""
-        is_compressed = np.array([owner.is_compressed for owner in owners], np.bool_)
-        expected = np.array([owner.chunk_nbytes for owner in owners], np.int64)
-        if (self._nbytes[numbers] != expected)[~is_compressed].any():
-            raise CorruptCheckpointError(
-                f"{self._directory}: the index has chunks of a length that is not their array's"
-            )
-        return is_compressed, expected
+    def _wrong_length(self) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"{self._directory}: the index has chunks of a length that is not their array's")
 
-    def _decompress(
-        self, values: list[_Value], nbytes: Sequence[int], expected_nbytes: Sequence[int], place: int
-    ) -> None:
-        memory, offset = values[place]
-        content = memoryview(memory)[offset : offset + nbytes[place]]
-        values[place] = decompressed(content, expected_nbytes[place], self._directory), 0
+    def _decompress(self, chunks: list[_Chunk], place: int, nbytes: int, expected_nbytes: int) -> None:
+        memory, offset = chunks[place]
+        content = memoryview(memory)[offset : offset + nbytes]
+        chunks[place] = decompressed(content, expected_nbytes, self._directory), 0
 
-    def _read_values(self, numbers: I64) -> list[_Value]:
-        values: list[_Value] = [_NOTHING] * len(numbers)
-        files = self._files[numbers]
-        for place in np.flatnonzero(files < 0).tolist():
-            number = int(numbers[place])
-            body, offset = self._bodies[-1 - self._files[number]], int(self._offsets[number])
-            # Checked with the node that it stands in; copied, since the caller may write to it.
-            values[place] = bytearray(body[offset : offset + int(self._nbytes[number])]), 0
-        for file in np.unique(files[files >= 0]).tolist():
-            places = np.flatnonzero(files == file)
-            asked = numbers[places]
-            found = self._read_ranges(self._file_names[file], self._offsets[asked], self._nbytes[asked])
-            for place, value in zip(places.tolist(), found, strict=True):
-                values[place] = value
-        return values
-
-    def _read_ranges(self, name: str, offsets: I64, nbytes: I64) -> list[_Value]:
-        """Ranges of a data file."""
+    def _read_ranges(self, name: str, ranges: list[_Range], chunks: list[_Chunk]) -> None:
+        """Ranges of a data file, each into its place."""
         path, pieces = f"{self._directory}/{name}", self._pieces_of(name)
-        first, stop = pieces.covering(offsets, offsets + nbytes, path)
-        order = np.argsort(offsets, kind="stable")
-        values: list[_Value] = [_NOTHING] * len(offsets)
+        slabs = list(_slabs(pieces, sorted(ranges), path))
         tasks: list[Callable[[], None]] = []
         descriptor = _open(path)
         try:
-            for begin, end in _slabs(pieces, first[order].tolist(), stop[order].tolist()):
-                group = order[begin:end]
-                needed = range(int(first[group[0]]), int(stop[group].max()))
-                start = int(pieces.starts[needed.start])
-                if pieces.nbytes(needed) > _SPARSE * int(_aligned(nbytes[group]).sum()):
-                    columns = group.tolist(), (offsets[group] - start).tolist(), nbytes[group].tolist()
-                    wanted = list(zip(*columns, strict=True))
-                    read = functools.partial(self._read_block, path, descriptor, pieces)
-                    tasks.append(functools.partial(_read_sparse, values, wanted, pieces, needed, read))
+            read = functools.partial(self._read_block, path, descriptor, pieces)
+            for needed, wanted in slabs:
+                if pieces.nbytes(needed) > _SPARSE * sum([_aligned(nbytes) for _, nbytes, _ in wanted]):
+                    tasks.append(functools.partial(_read_sparse, chunks, wanted, pieces, needed, read))
                     continue
-                slab = aligned_memory(pieces.nbytes(needed))
-                for place, offset in zip(group.tolist(), (offsets[group] - start).tolist(), strict=True):
-                    values[place] = slab, offset
-                read = functools.partial(self._read_block, path, descriptor, pieces, slab, start)
-                tasks += [functools.partial(read, block) for block in pieces.runs(needed, _READ_BYTES)]
-            run_parallel(tasks, _THREADS if int(nbytes.sum()) > _WORTH_A_THREAD_BYTES else 1)
+                start, slab = pieces.starts[needed.start], aligned_memory(pieces.nbytes(needed))
+                for offset, _, place in wanted:
+                    chunks[place] = slab, offset - start
+                blocks = pieces.runs(needed, _READ_BYTES)
+                tasks += [functools.partial(read, slab, start, block) for block in blocks]
+            if sum([pieces.nbytes(needed) for needed, _ in slabs]) > _WORTH_A_THREAD_BYTES:
+                run_parallel(tasks, _THREADS)
+            else:
+                for task in tasks:
+                    task()
         finally:
             os.close(descriptor)
-        return values
 
     def _read_block(
         self, path: str, descriptor: int, pieces: PieceTable, slab: Bytes, start: int, block: range
     ) -> None:
         """Reads neighbouring pieces into their slab, which begins at `start` of the file, and checks them."""
         bounds = [(pieces.starts[number] - start, pieces.ends[number] - start) for number in block]
-        _read_exactly(descriptor, slab[bounds[0][0] : bounds[-1][1]], start + int(bounds[0][0]), path)
+        _read_exactly(descriptor, slab[bounds[0][0] : bounds[-1][1]], start + bounds[0][0], path)
         if self._verify:
             for number, (begin, end) in zip(block, bounds, strict=True):
                 where = f"{path}: bytes {start + begin} to {start + end} are not what was saved"
@@ -328,38 +309,41 @@ class Database:
 # ------------------------------------------------------------------ grouping
 
 
-def _slabs(pieces: PieceTable, first: Sequence[int], stop: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _slabs(pieces: PieceTable, ranges: Sequence[_Range], path: str) -> Iterator[_Slab]:
     """Ranges, sorted by offset, that share one memory: neighbours, up to a slab, and all that share a piece."""
-    begin = 0
-    for number in range(1, len(first)):
-        shares_a_piece = first[number] < stop[number - 1]
-        is_neighbour = first[number] == stop[number - 1]
-        if shares_a_piece or (
-            is_neighbour and pieces.ends[stop[number] - 1] - pieces.starts[first[begin]] <= _SLAB_BYTES
-        ):
+    needed, wanted, slab_end = range(0), list[_Range](), 0
+    for asked in ranges:
+        offset, nbytes, _ = asked
+        if needed and offset >= pieces.starts[needed.stop - 1] and offset + nbytes <= pieces.ends[needed.stop - 1]:
+            wanted.append(asked)  # as most small ones are, in the piece of the one before
             continue
-        yield begin, number
-        begin = number
-    if first:
-        yield begin, len(first)
+        found = pieces.covering(offset, offset + nbytes, path)
+        is_neighbour = found.start == needed.stop and pieces.ends[found.stop - 1] <= slab_end
+        if wanted and (found.start < needed.stop or is_neighbour):
+            needed = range(needed.start, max(needed.stop, found.stop))
+        else:
+            if wanted:
+                yield needed, wanted
+            needed, wanted, slab_end = found, [], pieces.starts[found.start] + _SLAB_BYTES
+        wanted.append(asked)
+    if wanted:
+        yield needed, wanted
 
 
-def _aligned(nbytes: I64) -> I64:
+def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _read_sparse(
-    values: list[_Value], wanted: Sequence[tuple[int, int, int]], pieces: PieceTable, needed: range, read: Any
-) -> None:
-    """Values, by (place, offset, length), of which there is little in their pieces: they get memory of their own."""
-    slab = aligned_memory(pieces.nbytes(needed))
+def _read_sparse(chunks: list[_Chunk], wanted: Sequence[_Range], pieces: PieceTable, needed: range, read: Any) -> None:
+    """Ranges of which there is little in their pieces: they get memory of their own."""
+    start, slab = pieces.starts[needed.start], aligned_memory(pieces.nbytes(needed))
     for block in pieces.runs(needed, _READ_BYTES):
-        read(slab, int(pieces.starts[needed.start]), block)
-    ends = np.cumsum(_aligned(np.array([nbytes for _, _, nbytes in wanted]))).tolist()
-    own = aligned_memory(ends[-1])
-    for (place, offset, nbytes), start in zip(wanted, [0, *ends[:-1]], strict=True):
-        own[start : start + nbytes] = slab[offset : offset + nbytes]
-        values[place] = own, start
+        read(slab, start, block)
+    own, at = aligned_memory(sum([_aligned(nbytes) for _, nbytes, _ in wanted])), 0
+    for offset, nbytes, place in wanted:
+        own[at : at + nbytes] = slab[offset - start : offset - start + nbytes]
+        chunks[place] = own, at
+        at += _aligned(nbytes)
 
 
 # ------------------------------------------------------------------ files

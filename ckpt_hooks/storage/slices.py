@@ -89,8 +89,7 @@ class Slice(NamedTuple):
 
 class _Box(NamedTuple):
     part: Slice
-    first: int  # the first piece that has something of it
-    stop: int  # the one after the last
+    pieces: range  # which have something of it
 
 
 class _Window(NamedTuple):
@@ -105,16 +104,20 @@ def slice_tasks(slices: Sequence[Slice], pieces: PieceTable, read: ReadPieces, p
     """
     tasks: list[Task] = []
     boxes: list[_Box] = []
-    for box in _boxes([part for whole in slices for part in whole.split()], pieces, path):
+    for part in [part for whole in slices for part in whole.split()]:
+        box = _Box(part, pieces.covering(part.start, part.stop, path))
         inner = _inner_pieces(box, pieces) if box.part.is_one_run else range(0)
         if not inner:
             boxes.append(box)
             continue
-        begin, end = int(pieces.starts[inner.start]), int(pieces.ends[inner.stop - 1])
+        begin, end = pieces.starts[inner.start], pieces.ends[inner.stop - 1]
         head, middle, tail = _cut(box.part, begin, end)
         memory = middle.target.view(np.uint8)
         tasks += [functools.partial(read, memory, begin, block) for block in pieces.runs(inner, WINDOW_BYTES)]
-        ends = [_Box(head, box.first, inner.start), _Box(tail, inner.stop, box.stop)]
+        ends = [
+            _Box(head, range(box.pieces.start, inner.start)),
+            _Box(tail, range(inner.stop, box.pieces.stop)),
+        ]
         boxes += [end for end in ends if end.part.target.size]
     windows = _windows(boxes, pieces)
     each = max(1, -(-len(windows) // _THREADS))
@@ -122,17 +125,13 @@ def slice_tasks(slices: Sequence[Slice], pieces: PieceTable, read: ReadPieces, p
     return [functools.partial(_move_windows, group, pieces, read) for group in groups] + tasks
 
 
-def _boxes(parts: Sequence[Slice], pieces: PieceTable, path: str) -> Iterator[_Box]:
-    starts = np.array([part.start for part in parts], np.int64)
-    stops = np.array([part.stop for part in parts], np.int64)
-    first, stop = pieces.covering(starts, stops, path)
-    return map(_Box, parts, first.tolist(), stop.tolist())
-
-
 def _inner_pieces(box: _Box, pieces: PieceTable) -> range:
     """Those that have nothing but what is wanted."""
-    first = box.first if pieces.starts[box.first] >= box.part.start else box.first + 1
-    return range(first, box.stop if pieces.ends[box.stop - 1] <= box.part.stop else box.stop - 1)
+    first, stop = box.pieces.start, box.pieces.stop
+    return range(
+        first if pieces.starts[first] >= box.part.start else first + 1,
+        stop if pieces.ends[stop - 1] <= box.part.stop else stop - 1,
+    )
 
 
 def _cut(run: Slice, begin: int, end: int) -> Iterator[Slice]:
@@ -147,12 +146,12 @@ def _windows(boxes: Sequence[_Box], pieces: PieceTable) -> list[_Window]:
     windows: list[_Window] = []
     for box in sorted(boxes, key=lambda box: box.part.start):
         if windows:
-            first, stop = windows[-1].pieces.start, max(windows[-1].pieces.stop, box.stop)
-            is_near = box.first <= windows[-1].pieces.stop
+            first, stop = windows[-1].pieces.start, max(windows[-1].pieces.stop, box.pieces.stop)
+            is_near = box.pieces.start <= windows[-1].pieces.stop
             if is_near and pieces.ends[stop - 1] - pieces.starts[first] <= WINDOW_BYTES:
                 windows[-1] = _Window(range(first, stop), [*windows[-1].boxes, box])
                 continue
-        windows.append(_Window(range(box.first, box.stop), [box]))
+        windows.append(_Window(box.pieces, [box]))
     return windows
 
 
@@ -161,7 +160,7 @@ def _move_windows(windows: Sequence[_Window], pieces: PieceTable, read: ReadPiec
     memory = aligned_memory(max(pieces.nbytes(window.pieces) for window in windows))
     held, held_begin = range(0), 0
     for needed, boxes in windows:
-        begin = int(pieces.starts[needed.start])
+        begin = pieces.starts[needed.start]
         kept = range(needed.start, min(held.stop, needed.stop))
         if kept:
             nbytes, at = pieces.nbytes(kept), begin - held_begin

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ckpt_hooks.errors import CorruptCheckpointError
 
-__all__ = ["U64", "decode_integers", "decode_varints", "encode_varints", "varint"]
+__all__ = ["decode_integers", "encode_varints", "varint"]
 
 U64 = npt.NDArray[np.uint64]
 
@@ -50,48 +50,50 @@ def encode_varints(values: Sequence[int] | U64) -> bytes:
     return bytes(groups[position < used[:, None]].tobytes())
 
 
-def decode_varints(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[U64, int]:
-    """`num` LEB128 integers from `start`, and the position after them."""
-    if num <= _FEW:
-        integers, end = _decode_few(buffer, start, num)
-        return np.array(integers, np.uint64), end
-    window = buffer[start : start + 10 * num]
+def decode_integers(buffer: bytes, start: int, num: int) -> tuple[list[int], int]:
+    """`num` LEB128 integers from `start`, and the position after them.
+
+    >>> decode_integers(bytes.fromhex("01ac02"), 0, 2)
+    ([1, 300], 3)
+    """
+    head = buffer[start : start + num]
+    if head.isascii() and len(head) == num:  # each is a byte, as those of most columns are
+        return list(head), start + num
+    return _decode_few(buffer, start, num) if num <= _FEW else _decode_many(buffer, start, num)
+
+
+def _decode_few(buffer: bytes, start: int, num: int) -> tuple[list[int], int]:
+    values: list[int] = []
+    value = shift = 0
+    for end, byte in enumerate(buffer[start : start + 10 * num], start + 1):
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            if value >> 64:
+                raise CorruptCheckpointError(_TOO_LONG)
+            values.append(value)
+            if len(values) == num:
+                return values, end
+            value = shift = 0
+    raise CorruptCheckpointError(_CUT_OFF)
+
+
+def _decode_many(buffer: bytes, start: int, num: int) -> tuple[list[int], int]:
+    window = np.frombuffer(buffer, np.uint8)[start : start + 10 * num]
     ends = np.flatnonzero(window < 0x80)[:num]
     if len(ends) < num:
-        raise CorruptCheckpointError("index node ends in the middle of an integer")
+        raise CorruptCheckpointError(_CUT_OFF)
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
     if int(lengths.max()) > 10 or (window[ends[lengths == 10]] > 1).any():  # nine groups hold 63 bits
-        raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
+        raise CorruptCheckpointError(_TOO_LONG)
     values = np.zeros(num, np.uint64)
     for k in range(int(lengths.max())):
         has = lengths > k
         group = (window[starts[has] + k] & 0x7F).astype(np.uint64)
         values[has] |= group << np.uint64(7 * k)
-    return values, start + int(ends[-1]) + 1
+    return values.tolist(), start + int(ends[-1]) + 1
 
 
-def decode_integers(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[list[int], int]:
-    """`decode_varints` as Python integers."""
-    if num <= _FEW:
-        return _decode_few(buffer, start, num)
-    values, end = decode_varints(buffer, start, num)
-    return values.tolist(), end
-
-
-def _decode_few(buffer: npt.NDArray[np.uint8], start: int, num: int) -> tuple[list[int], int]:
-    values: list[int] = []
-    value = shift = end = 0
-    for end, byte in enumerate(buffer[start : start + 10 * num].tolist() if num else (), start + 1):
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            if value >> 64:
-                raise CorruptCheckpointError("index node holds an integer of more than 64 bits")
-            values.append(value)
-            if len(values) == num:
-                return values, end
-            value = shift = 0
-    if num:
-        raise CorruptCheckpointError("index node ends in the middle of an integer")
-    return values, start
+_CUT_OFF = "index node ends in the middle of an integer"
+_TOO_LONG = "index node holds an integer of more than 64 bits"
