@@ -51,6 +51,7 @@ EFFECTS = frozenset(
         *(
             "check",
             "check_piece",
+            "_check_pieces",
             "match",
             "check_destination",
             "check_step",

@@ -11,6 +11,7 @@ Nothing here uses a device, so that a background thread may wait while the main 
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import random
 import time
@@ -75,12 +76,19 @@ class OperationBarriers:
     """
 
     def __init__(self, operation: int, options: MultiprocessingOptions) -> None:
-        self._key = f"ckpt_hooks/{options.key('Checkpointer')}.{options.group()}{operation}"
-        self._event_key = options.key("Checkpointer:{}." + str(operation))
+        self._operation, self._options = operation, options
         self._members = options.members()
-        self._leader = options.leader()
         self._timeout_secs = options.barrier_timeout_secs or DEFAULT_BARRIER_TIMEOUT_SECS
         self._has_left = len(self._members) == 1  # and so has nobody to tell
+
+    @functools.cached_property
+    def _key(self) -> str:
+        options = self._options
+        return f"ckpt_hooks/{options.key('Checkpointer')}.{options.group()}{self._operation}"
+
+    @functools.cached_property
+    def _leader(self) -> int:
+        return self._options.leader()
 
     def meet(
         self,
@@ -109,7 +117,8 @@ class OperationBarriers:
 
         def judge(others: Mapping[int, str]) -> tuple[str, str]:
             lines = {process: line.partition("\n") for process, line in others.items()}
-            dispute = _dispute(self._leader, claim, {process: theirs for process, (_, _, theirs) in lines.items()})
+            claims = {process: theirs for process, (_, _, theirs) in lines.items()}
+            dispute = _dispute(self._leader, claim, claims) if claims else ""
             if dispute:
                 return _DISAGREES, dispute
             hear({processes.index(): said, **{process: line for process, (line, _, _) in lines.items()}})
@@ -136,7 +145,9 @@ class OperationBarriers:
         else:
             told = self._answer(name, judge) if processes.index() == self._leader else self._ask(name, said)
         events.record_duration_secs(
-            events.BARRIER_SECS, time.perf_counter() - start_secs, key=self._event_key.format(name)
+            events.BARRIER_SECS,
+            time.perf_counter() - start_secs,
+            key=self._options.key(f"Checkpointer:{name}.{self._operation}"),
         )
         return told
 

@@ -23,7 +23,7 @@ from ckpt_hooks import events, processes
 from ckpt_hooks.agreement import OperationBarriers, Together
 from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.claims import save_claim
-from ckpt_hooks.errors import InvalidArgumentError, SaveFailedError, explain_os_error
+from ckpt_hooks.errors import CheckpointError, InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
 from ckpt_hooks.loud_exit import untold
@@ -32,7 +32,7 @@ from ckpt_hooks.own_files import is_of_another
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
 from ckpt_hooks.storage import commit
-from ckpt_hooks.storage.lookup import is_named
+from ckpt_hooks.storage.lookup import is_directory, is_named
 from ckpt_hooks.temporary_paths import (
     AtomicRenameTemporaryPath,
     FileOptions,
@@ -232,7 +232,7 @@ class Checkpointer:
         events.record_duration_secs(events.WRITE_ITEMS_SECS, written_secs - start_secs)
         self._barrier(written, save.operation)
         if self._is_primary:
-            self._commit(save.temporary, path)
+            self._commit(save.temporary)
             events.record_duration_secs(events.WRITE_COMMIT_SECS, time.perf_counter() - written_secs)
         self._barrier(committed, save.operation)
         if not self._is_alone:
@@ -243,10 +243,12 @@ class Checkpointer:
         self.last_save_secs = time.perf_counter() - save.start_secs
         events.record_duration_secs(events.WRITE_TOTAL_SECS, self.last_save_secs)
 
-    def _commit(self, temporary: TemporaryPath, path: epath.Path) -> None:
-        self._handler.finalize(path)
+    def _commit(self, temporary: TemporaryPath) -> None:
+        self._handler.finalize(temporary.get())
         temporary.finalize()
         if temporary.recorded:  # the class has a `finalize` of its own, which has not written them
+            if not is_directory(temporary.get_final()):
+                raise CheckpointError(f"{type(temporary).__qualname__}.finalize() has not made the checkpoint")
             self._store.update(temporary.get_final() / METADATA_FILE, **temporary.recorded)
 
     def _failed(self, save: _Save, error: BaseException) -> BaseException:

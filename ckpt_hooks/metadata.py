@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
+from ckpt_hooks.arguments import require_local
 from ckpt_hooks.errors import (
     CorruptCheckpointError,
     InvalidArgumentError,
@@ -204,7 +205,7 @@ class MetadataStore(abc.ABC):
 
     @abc.abstractmethod
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
-        """Replaces the file. Raises ValueError where `file_path` has no parent directory's name."""
+        """Replaces the file. Raises ValueError where `file_path` is an address, or is not in a named directory."""
 
     @abc.abstractmethod
     def update(self, file_path: Any, **fields: Any) -> None:
@@ -262,7 +263,7 @@ class _BlockingStore(MetadataStore):
         return True
 
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
-        path = os.fspath(file_path)
+        path = require_local(os.fspath(file_path))
         if not os.path.basename(os.path.dirname(path)):
             raise InvalidArgumentError(f"{path}: a metadata file stands in a named directory")
         with self._lock:

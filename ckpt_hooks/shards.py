@@ -95,6 +95,8 @@ def _spread(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Spread |
 
 def put_parts(parts: Sequence[Parts]) -> list[jax.Array]:
     """The arrays, each spread over its devices; all parts are put in one go."""
+    if not parts:
+        return []
     arrays = [part.arrays[number] for part in parts for _, number in part.spread.devices]
     shardings = [
         _on_device(device, part.spread.sharding.memory_kind) for part in parts for device, _ in part.spread.devices
@@ -121,7 +123,7 @@ def _joined(parts: Parts, arrays: list[jax.Array]) -> jax.Array:
 
 def are_undecided(likes: Collection[Any]) -> bool:
     """Whether there is an abstract array that says nothing of devices."""
-    return None in [like.sharding for like in likes if type(like) is jax.ShapeDtypeStruct]
+    return bool([like for like in likes if type(like) is jax.ShapeDtypeStruct and like.sharding is None])
 
 
 def _is_undecided(like: Any) -> bool:

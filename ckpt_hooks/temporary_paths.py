@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from etils import epath
 
+from ckpt_hooks.arguments import require_local
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -394,23 +395,15 @@ def require_free_bytes(directory: str, said: Mapping[int, int | str]) -> None:
 
 def absolute_path(directory: Any) -> epath.Path:
     """A directory as an absolute path. Raises InvalidArgumentError for what is not on a file system."""
-    return epath.Path(_absolute(directory))
-
-
-def _absolute(directory: Any) -> str:
-    path: str = os.fspath(directory)
-    if "://" in path:
-        raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
-    return os.path.abspath(path)
+    return epath.Path(os.path.abspath(require_local(os.fspath(directory))))
 
 
 def require_finalized(directory: Any, path_class: type[TemporaryPath]) -> epath.Path:
     """The absolute path of a whole checkpoint; raises for one that is missing or was never committed."""
-    absolute = _absolute(directory)
-    path = epath.Path(absolute)
-    if not is_directory(absolute):
-        raise CheckpointNotFoundError(f"there is no checkpoint at {path}")
+    path = absolute_path(directory)
     if not path_class.is_finalized(path):
+        if not is_directory(path):
+            raise CheckpointNotFoundError(f"there is no checkpoint at {path}")
         raise IncompleteCheckpointError(
             f"Found incomplete checkpoint at {path}: its save was never committed. Restore an older one."
         )

@@ -205,6 +205,20 @@ def test_a_commit_of_another_kind_keeps_the_metadata(tmp_path: Path) -> None:
     assert found["custom_metadata"] == {"epoch": 1} and "NoteHandler" in found["item_handlers"]
 
 
+def test_a_commit_that_makes_nothing_is_an_error(tmp_path: Path) -> None:
+    """A path class whose `finalize` forgets the checkpoint is named, and what it has written is removed."""
+
+    class ForgetfulPath(AtomicRenameTemporaryPath):
+        def finalize(self) -> None:
+            pass
+
+    says = r"ForgetfulPath\.finalize\(\) has not made the checkpoint"
+    checkpointer = Checkpointer(NoteHandler(), temporary_path_class=ForgetfulPath)
+    with checkpointer, pytest.raises(errors.CheckpointError, match=says):
+        checkpointer.save(tmp_path / "c", "a")
+    assert os.listdir(tmp_path) == []
+
+
 # ------------------------------------------------------------------ three forms of arguments
 
 

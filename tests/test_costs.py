@@ -86,12 +86,12 @@ def test_system_calls_do_not_grow_with_the_leaves(tmp_path: Path) -> None:
 
 
 def test_a_restore_opens_each_small_file_once(tmp_path: Path) -> None:
-    """Seven small files are opened once each, and the one with the arrays once for the index and once for them."""
+    """Seven small files and the one with the arrays, in which the index stands too, are opened once each."""
     state = {"w": jnp.ones(300), "b": jnp.zeros(3)}
     with Checkpointer(StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "c", state)
         counts = calls_of(lambda: checkpointer.restore(tmp_path / "c", state))
-    assert counts["open"] == 7 + 2
+    assert counts["open"] == 8
 
 
 def test_a_small_checkpoint_has_few_files_to_sync(tmp_path: Path) -> None:

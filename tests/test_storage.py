@@ -265,10 +265,50 @@ def test_without_verification_nothing_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_what_a_file_lacks_is_not_made_up(tmp_path: Path, verify: bool) -> None:
     """A file that was cut after its index was read is an error that says where, also where nothing is verified."""
-    write_item(tmp_path / "i", {"w": np.ones(2000, np.uint8)})
+    write_item(tmp_path / "i", {"w": np.ones(200_000, np.uint8)})
     database = Database(str(tmp_path / "i"), verify=verify)
-    os.truncate(tmp_path / "i" / layout.data_file_name(0), 1500)
-    with pytest.raises(CorruptCheckpointError, match="is cut off at byte 1500"):
+    os.truncate(tmp_path / "i" / layout.data_file_name(0), 150_000)
+    with pytest.raises(CorruptCheckpointError, match="is cut off at byte 150000"):
+        database.read(["w"])
+
+
+@pytest.mark.parametrize("num", [2000, 200_000])
+def test_a_data_file_that_is_a_directory_is_named(tmp_path: Path, num: int) -> None:
+    """What took the place of a data file is damage of the checkpoint, which says where."""
+    write_item(tmp_path / "i", {"w": np.ones(num, np.uint8)})
+    path = tmp_path / "i" / layout.data_file_name(0)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CorruptCheckpointError, match=f"{path} is a directory"):
+        Database(str(tmp_path / "i")).read(["w"])
+
+
+def test_a_disk_that_fails_under_a_data_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a read has the path of its file."""
+    write_item(tmp_path / "i", {"w": np.ones(2000, np.uint8)})
+    fail(monkeypatch, os, "preadv", errno.EIO)
+    with pytest.raises(OSError, match=layout.data_file_name(0)):
+        Database(str(tmp_path / "i"))
+
+
+def test_a_small_file_serves_each_read_with_memory_of_its_own(tmp_path: Path) -> None:
+    """What was read with the index goes to the first who asks; a second read of the array does not see what he did."""
+    write_item(tmp_path / "i", {"w": np.ones(2000, np.uint8)})
+    database = Database(str(tmp_path / "i"))
+    database.read(["w"])["w"][:] = 7
+    assert_equal(database.read(["w"]), {"w": np.ones(2000, np.uint8)})
+
+
+def test_damaged_arrays_do_not_hide_the_index_of_a_small_file(tmp_path: Path) -> None:
+    """A small file is read whole, and what there is can be told even so; the arrays themselves are an error."""
+    write_item(tmp_path / "i", {"w": np.ones(2000, np.uint8)})
+    path = tmp_path / "i" / layout.data_file_name(0)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes([1] * 2000)) + 1000] = 7
+    path.write_bytes(content)
+    database = Database(str(tmp_path / "i"))
+    assert database.info("w").shape == (2000,)
+    with pytest.raises(CorruptCheckpointError, match="not what was saved"):
         database.read(["w"])
 
 

@@ -167,6 +167,7 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 # ------------------------------------------------------------------ the registry
 
+_T = TypeVar("_T")
 _A = TypeVar("_A", bound=type[CheckpointArgs])
 
 _handler_of_args: dict[type[CheckpointArgs], type] = {}
@@ -225,25 +226,29 @@ def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _nearest(kind: type, registry: Mapping[type, _T]) -> _T | None:
+    """What is registered for a class, or for the first one that it inherits from."""
+    for cls in kind.__mro__:
+        if cls in registry:
+            return registry[cls]
+    return None
+
+
 def get_registered_handler_cls(args: CheckpointArgs | type[CheckpointArgs]) -> type:
     """The handler of an args class or object. TypeError for something else, ValueError where there is none."""
     args_cls = args if isinstance(args, type) else type(args)
     if not issubclass(args_cls, CheckpointArgs):
         raise InvalidArgumentTypeError(f"{args_cls!r} is no CheckpointArgs; wrap the value, as in args.StandardSave(x)")
-    for cls in args_cls.__mro__:
-        if cls in _handler_of_args:
-            return _handler_of_args[cls]
-    raise InvalidArgumentError(f"{args_cls.__qualname__} is not registered: decorate it with register_with_handler")
+    handler_cls = _nearest(args_cls, _handler_of_args)
+    if handler_cls is None:
+        raise InvalidArgumentError(f"{args_cls.__qualname__} is not registered: decorate it with register_with_handler")
+    return handler_cls
 
 
 def get_registered_args_cls(handler: Any) -> tuple[type[CheckpointArgs], type[CheckpointArgs]]:
     """The (save, restore) args classes of a handler. Raises ValueError where one of them is missing."""
     kind = handler if isinstance(handler, type) else type(handler)
-    found = [
-        next((registry[cls] for cls in kind.__mro__ if cls in registry), None)
-        for registry in (_save_args_of, _restore_args_of)
-    ]
-    save_cls, restore_cls = found
+    save_cls, restore_cls = _nearest(kind, _save_args_of), _nearest(kind, _restore_args_of)
     if save_cls is None or restore_cls is None:
         missing = "save" if save_cls is None else "restore"
         raise InvalidArgumentError(f"{kind.__qualname__} has no registered args class to {missing} with")

@@ -9,7 +9,6 @@ every later save of the same structure.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -17,7 +16,7 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from ckpt_hooks import processes, structure, tree
-from ckpt_hooks.changes import Changes
+from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.claims import structure_claim, value_claim
 from ckpt_hooks.equinox_modules import functions_in_modules
 from ckpt_hooks.errors import InvalidArgumentError, UnsupportedLeafError
@@ -147,9 +146,9 @@ class StandardCheckpointHandler(CheckpointHandler):
 
     def restore(self, directory: epath.Path, args: StandardRestoreArgs | None = None) -> Any:
         args = StandardRestoreArgs() if args is None else args
-        with _collection_paused():
+        with _collection_paused:
             saved = open_tree(os.fspath(directory), verify=args.verify)
-            changes = args.changes or Changes(cast=args.cast)
+            changes = args.changes or (Changes(cast=args.cast) if args.cast else EXACT)
             restored = saved.restore(NO_TARGET if args.item is None else args.item, changes)
         if args.typed:
             return structure.typed_item(os.fspath(directory), restored, saved.custom_metadata)
@@ -268,7 +267,7 @@ class Plan:
         except (TypeError, ValueError):  # a node with metadata that cannot be hashed or compared
             return cls(item, writers, compresses, part_of), leaves
         if plan is None:
-            with _collection_paused():
+            with _collection_paused:
                 plan = cls(item, writers, compresses, part_of)
             with _cache_lock:
                 _cache[key] = plan
@@ -356,27 +355,29 @@ _cache: collections.OrderedDict[Hashable, Plan] = collections.OrderedDict()
 _cache_lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
+class _CollectionPause:
     """Makes many objects without the garbage collector looking through all that there are again and again.
 
     With a leaf in several objects, and several hundred thousand of JAX's own, that takes most of the time.
     """
-    global _num_paused, _was_enabled
-    with _pause_lock:
-        if _num_paused == 0:
-            _was_enabled = gc.isenabled()
-            gc.disable()
-        _num_paused += 1
-    try:
-        yield
-    finally:
-        with _pause_lock:
-            _num_paused -= 1
-            if _num_paused == 0 and _was_enabled:
+
+    def __init__(self) -> None:
+        self._num_users = 0
+        self._was_enabled = True
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_users == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._num_users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_users -= 1
+            if self._num_users == 0 and self._was_enabled:
                 gc.enable()
 
 
-_num_paused = 0
-_was_enabled = True
-_pause_lock = threading.Lock()
+_collection_paused = _CollectionPause()

@@ -164,6 +164,7 @@ class PieceTable:
     Attributes:
       starts, ends: where each piece lies.
       digests: what each one was.
+      end: where the last one ends.
     """
 
     def __init__(self, pieces: Pieces) -> None:
@@ -171,6 +172,7 @@ class PieceTable:
         self.starts = [offset for offset, _, _ in rows]
         self.ends = [offset + nbytes for offset, nbytes, _ in rows]
         self.digests = [saved for _, _, saved in rows]
+        self.end = self.ends[-1] if rows else 0
 
     def covering(self, offset: int, end: int, path: str) -> range:
         """The pieces that a range of the file lies in; an error where they leave a hole in it."""
@@ -196,10 +198,11 @@ class PieceTable:
             yield range(begin, pieces.stop)
 
 
-def check_piece(data: memoryview, saved: int, where: str) -> None:
-    """Raises CorruptCheckpointError unless `data` is what was saved."""
+def check_piece(path: str, offset: int, data: memoryview, saved: int) -> None:
+    """Raises CorruptCheckpointError unless `data` is what was saved at `offset` of a data file."""
     found = digest(data)
     if found != saved:
+        where = f"{path}: bytes {offset} to {offset + len(data)} are not what was saved"
         raise CorruptCheckpointError(f"{where}: checksum {found:016x}, saved as {saved:016x}")
 
 

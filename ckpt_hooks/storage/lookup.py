@@ -12,7 +12,7 @@ import contextvars
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 from ckpt_hooks.errors import CorruptCheckpointError, explain_os_error
@@ -50,7 +50,10 @@ def is_directory(path: _Path) -> bool:
 
 
 def is_file(path: _Path) -> bool:
-    """Whether a path is a plain file, or a link to one."""
+    """Whether a path is a plain file, or a link to one; within `ReadOnce`, so is what has been read."""
+    held = _held.get()
+    if held is not None and path in held:
+        return True
     mode = _mode(path)
     return mode is not None and stat.S_ISREG(mode)
 
@@ -96,12 +99,13 @@ def content_of(path: str) -> bytes:
         raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
 
 
-def blocks_of(path: str) -> Iterator[bytes]:
+def blocks_of(path: str) -> Iterable[bytes]:
     """What is in a file, block by block; within `ReadOnce`, what was in it when it was first read."""
     held = _held.get()
-    if held is not None and path in held:
-        yield from held[path]
-        return
+    return held[path] if held is not None and path in held else _read_blocks(path, held)
+
+
+def _read_blocks(path: str, held: dict[str, list[bytes]] | None) -> Iterator[bytes]:
     # Without a file object, which costs more than reading the small files that most of them are.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

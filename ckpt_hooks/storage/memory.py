@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 __all__ = ["Bytes", "aligned_memory", "fill", "host_bytes"]
 
+_OWN_PAGES_BYTES = 64 << 10  # below it, what the allocator has at hand costs less than new pages
 _HUGE_PAGE_BYTES = 2 << 20
 
 Bytes = npt.NDArray[np.uint8]
@@ -24,7 +25,7 @@ def aligned_memory(nbytes: int) -> Bytes:
     >>> memory.nbytes, memory.ctypes.data % 64
     (100, 0)
     """
-    if nbytes < mmap.PAGESIZE:
+    if nbytes < _OWN_PAGES_BYTES:
         memory = np.empty(nbytes + 64, np.uint8)
         skip = -memory.ctypes.data % 64
         return memory[skip : skip + nbytes]

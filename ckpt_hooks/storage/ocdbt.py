@@ -51,7 +51,8 @@ _OUTSIDE = 1  # the kind of a value that stands in a data file
 MAX_INLINE_VALUE_BYTES = 1024  # Orbax's setting, recorded in the manifest
 _MAX_DECODED_NODE_BYTES = 100_000_000  # likewise
 
-MANIFEST_UUID = slice(_OUTER_HEADER.size, _OUTER_HEADER.size + 16)
+_UUID_NBYTES = 16
+MANIFEST_UUID = slice(_OUTER_HEADER.size, _OUTER_HEADER.size + _UUID_NBYTES)
 MANIFEST_TIME = slice(-9, -1)
 
 Location = tuple[str, int, int]  # of a value: its data file, offset and length
@@ -78,6 +79,16 @@ class Root:
     height: int
 
 
+_CONFIG = b"".join(
+    (
+        varint(0),  # one manifest file
+        varint(MAX_INLINE_VALUE_BYTES),
+        varint(_MAX_DECODED_NODE_BYTES),
+        bytes([4]),  # version_tree_arity_log2
+        varint(1),  # nodes added later may be zstd; ours say of themselves that they are not
+        struct.pack("<i", 0),
+    )
+)
 _NOWHERE = 2**64 - 1
 _MISSING = Child(b"", "", _NOWHERE, _NOWHERE, 0, 0, 0)  # how tensorstore writes that there is no root
 
@@ -199,17 +210,6 @@ def manifest_template(root: Root) -> bytes:
     CRC-32C behind it all; everything else depends only on the structure.
     """
     child = root.child or _MISSING
-    config = b"".join(
-        (
-            bytes(16),  # uuid
-            varint(0),  # one manifest file
-            varint(MAX_INLINE_VALUE_BYTES),
-            varint(_MAX_DECODED_NODE_BYTES),
-            bytes([4]),  # version_tree_arity_log2
-            varint(1),  # nodes added later may be zstd; ours say of themselves that they are not
-            struct.pack("<i", 0),
-        )
-    )
     version = b"".join(
         (
             varint(1),  # versions
@@ -225,7 +225,7 @@ def manifest_template(root: Root) -> bytes:
             varint(0),  # no older versions
         )
     )
-    return _with_header(_MANIFEST_MAGIC, (config, _file_table([child.file]), version))
+    return _with_header(_MANIFEST_MAGIC, (bytes(_UUID_NBYTES), _CONFIG, _file_table([child.file]), version))
 
 
 def _with_header(magic: int, body: Sequence[bytes]) -> bytes:
@@ -240,20 +240,16 @@ def decode_manifest(encoded: bytes) -> Root:
     """The root of the newest version. Raises CorruptCheckpointError on anything we did not write."""
     body = _open(_MANIFEST_MAGIC, encoded, "manifest")
     reader = _Reader(body)
-    reader.skip(16)
-    reader.column(3)
-    reader.skip(1)
-    if reader.column(1) == [1]:
-        reader.skip(4)
+    reader.skip(_UUID_NBYTES)
+    if reader.skip(len(_CONFIG)) != _CONFIG:
+        raise CorruptCheckpointError("manifest has a configuration that ours never have")
     files = reader.file_table()
-    (num_versions,) = reader.column(1)
+    num_versions, _ = reader.column(2)
     if num_versions != 1:
         raise CorruptCheckpointError(f"manifest has {num_versions} versions, expected 1")
-    reader.column(1)
     height = reader.byte()
-    file, offset, nbytes, num_keys, tree_nbytes, indirect_nbytes = reader.column(6)
-    child = Child(b"", files[file], offset, nbytes, num_keys, tree_nbytes, indirect_nbytes)
-    return Root(None if child == _MISSING else child, height)
+    file, offset, *rest = reader.column(6)
+    return Root(None if offset == _NOWHERE else Child(b"", files[file], offset, *rest), height)
 
 
 def decode_node(encoded: bytes | memoryview) -> Node:
@@ -309,17 +305,20 @@ class _Reader:
 
     def file_table(self) -> list[str]:
         (num,) = self.column(1)
-        shared = [0, *self.column(num - 1)] if num else []
-        lengths = self.column(num)
+        shared, lengths = self._key_lengths(num)
         self.column(num)  # base path lengths: where a path is split does not change it
         return [path.decode() for path in self._unshare(shared, lengths)]
 
     def keys(self, num: int, *, interior: bool) -> list[bytes]:
-        shared = [0, *self.column(num - 1)] if num else []
-        lengths = self.column(num)
+        shared, lengths = self._key_lengths(num)
         if interior and any(self.column(num)):
             raise CorruptCheckpointError("index cuts prefixes from keys; ours never do")
         return self._unshare(shared, lengths)
+
+    def _key_lengths(self, num: int) -> tuple[list[int], list[int]]:
+        """(how much each key shares with the one before it, how long the rest of each is)."""
+        both = [0, *self.column(2 * num - 1)] if num else []
+        return both[:num], both[num:]
 
     def _unshare(self, shared: list[int], lengths: list[int]) -> list[bytes]:
         suffixes, at = self.skip(sum(lengths)), 0

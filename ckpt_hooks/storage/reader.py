@@ -29,6 +29,7 @@ from ckpt_hooks.storage.slices import Slice, slice_tasks
 
 __all__ = ["ArrayInfo", "Database", "dtype_from_zarr"]
 
+_SMALL_FILE_BYTES = 64 << 10  # of a data file that is read whole, with the index in it
 _SLAB_BYTES = 16 << 20  # small neighbours share memory up to here; more would keep dead memory alive for one leaf
 _READ_BYTES = 8 << 20
 _LARGE_BYTES = 1 << 20  # chunks above it have several pieces, of which a region may not need all
@@ -91,6 +92,7 @@ class Database:
         self._verify = verify
         self._checksums = ItemChecksums(directory)
         self._pieces: dict[str, PieceTable] = {}
+        self._whole: dict[str, Bytes] = {}  # small data files, until somebody gets their chunks
         self._values: dict[bytes, _Value] = {}
         for node in self._read_index():
             self._values.update(node.values)
@@ -213,11 +215,25 @@ class Database:
         while pending:
             child = pending.pop()
             chunks = [_NOTHING]
+            self._read_if_small(child.file)
             self._read_ranges(child.file, [(child.offset, child.nbytes, 0)], chunks)
             memory, at = chunks[0]
             node = ocdbt.decode_node(memory.data[at : at + child.nbytes])
             pending += node.children
             yield node
+
+    def _read_if_small(self, name: str) -> None:
+        """All of a small data file at once, as the chunks will be wanted after the index."""
+        pieces = self._pieces_of(name)
+        if name in self._whole or pieces.end > _SMALL_FILE_BYTES:
+            return
+        path, slab = f"{self._directory}/{name}", aligned_memory(pieces.end)
+        descriptor = _open(path)
+        try:
+            _read_exactly(descriptor, slab, 0, path)
+        finally:
+            os.close(descriptor)
+        self._whole[name] = slab
 
     def _find_arrays(self) -> Iterator[tuple[str, _Array]]:
         """One pass over the keys: asking for the parts of every array by name would take several times as long."""
@@ -251,6 +267,7 @@ class Database:
                 raise self._wrong_length()
         for file, ranges in outside.items():
             self._read_ranges(file, ranges, chunks)
+        self._whole.clear()  # the caller may write to it
         if compressed:
             decompress = functools.partial(self._decompress, chunks)
             run_parallel([functools.partial(decompress, *chunk) for chunk in compressed], _THREADS)
@@ -268,6 +285,12 @@ class Database:
         """Ranges of a data file, each into its place."""
         path, pieces = f"{self._directory}/{name}", self._pieces_of(name)
         slabs = list(_slabs(pieces, sorted(ranges), path))
+        if name in self._whole:
+            for needed, wanted in slabs:
+                self._check_pieces(path, pieces, self._whole[name], 0, needed)
+                for offset, _, place in wanted:
+                    chunks[place] = self._whole[name], offset
+            return
         tasks: list[Callable[[], None]] = []
         descriptor = _open(path)
         try:
@@ -293,12 +316,15 @@ class Database:
         self, path: str, descriptor: int, pieces: PieceTable, slab: Bytes, start: int, block: range
     ) -> None:
         """Reads neighbouring pieces into their slab, which begins at `start` of the file, and checks them."""
-        bounds = [(pieces.starts[number] - start, pieces.ends[number] - start) for number in block]
-        _read_exactly(descriptor, slab[bounds[0][0] : bounds[-1][1]], start + bounds[0][0], path)
+        begin, end = pieces.starts[block.start], pieces.ends[block.stop - 1]
+        _read_exactly(descriptor, slab[begin - start : end - start], begin, path)
+        self._check_pieces(path, pieces, slab, start, block)
+
+    def _check_pieces(self, path: str, pieces: PieceTable, slab: Bytes, start: int, block: range) -> None:
         if self._verify:
-            for number, (begin, end) in zip(block, bounds, strict=True):
-                where = f"{path}: bytes {start + begin} to {start + end} are not what was saved"
-                check_piece(slab[begin:end].data, pieces.digests[number], where)
+            for number in block:
+                begin, end = pieces.starts[number], pieces.ends[number]
+                check_piece(path, begin, slab[begin - start : end - start].data, pieces.digests[number])
 
     def _pieces_of(self, name: str) -> PieceTable:
         if name not in self._pieces:
@@ -357,7 +383,13 @@ def _open(path: str) -> int:
 
 
 def _read_exactly(descriptor: int, target: Bytes, offset: int, path: str) -> None:
-    got = fill(descriptor, target.data, offset)
+    try:
+        got = fill(descriptor, target.data, offset)
+    except IsADirectoryError:
+        raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
+    except OSError as error:
+        error.filename = path
+        raise
     if got < target.nbytes:
         raise CorruptCheckpointError(f"{path} is cut off at byte {offset + got}")
 
