@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError
 
-__all__ = ["given_or_new", "require_count", "require_local", "require_path", "require_secs"]
+__all__ = ["given_or_new", "require_count", "require_path", "require_secs"]
 
 _T = TypeVar("_T")
 
@@ -27,13 +27,6 @@ def require_path(path: Any, what: str) -> str:
     if not text:
         raise InvalidArgumentError(f'{what} is "", which names no directory; for the working directory, give "."')
     return os.path.expanduser(text)
-
-
-def require_local(path: str) -> str:
-    """The path. Raises InvalidArgumentError for an address, such as that of a bucket."""
-    if "://" in path:
-        raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
-    return path
 
 
 def require_count(count: Any, what: str, *, at_least: int = 0) -> int:

@@ -18,6 +18,7 @@ from ckpt_hooks.listing import is_run
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.requested import RestoreRequest
+from ckpt_hooks.storage.lookup import local_path
 
 __all__ = ["InitFrom"]
 
@@ -67,7 +68,7 @@ class InitFrom:
 
         Raises CheckpointNotFoundError where there is nothing, and what `CheckpointManager.restore` raises.
         """
-        path = os.path.abspath(require_path(self.directory, "init_from="))
+        path = local_path(require_path(self.directory, "init_from="))
         self._require_parts(state)
         is_one = is_flax_checkpoint(path) and not is_run(path)
         read = self._from_checkpoint if is_one else self._from_run

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from ckpt_hooks.arguments import require_local
 from ckpt_hooks.errors import (
     CorruptCheckpointError,
     InvalidArgumentError,
@@ -263,9 +262,9 @@ class _BlockingStore(MetadataStore):
         return True
 
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
-        path = require_local(os.fspath(file_path))
-        if not os.path.basename(os.path.dirname(path)):
-            raise InvalidArgumentError(f"{path}: a metadata file stands in a named directory")
+        path = os.fspath(file_path)
+        if "://" in path or not os.path.basename(os.path.dirname(path)):
+            raise InvalidArgumentError(f"{path}: a metadata file stands in a named directory, local or mounted")
         with self._lock:
             commit.replace_file(path, json.dumps(metadata), durable=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -16,8 +15,8 @@ from ckpt_hooks.graph_objects import GraphObjects
 from ckpt_hooks.handlers.iterator import require_stateful, set_saved_state
 from ckpt_hooks.listing import is_run
 from ckpt_hooks.restoring import restore_checkpoint
-from ckpt_hooks.storage.lookup import is_directory, is_file
-from ckpt_hooks.temporary_paths import absolute_path, is_committed
+from ckpt_hooks.storage.lookup import is_directory, is_file, local_path
+from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["RestoreRequest", "check_names", "restore"]
 
@@ -132,7 +131,7 @@ def restore(
 
 
 def _require_checkpoint(path: Any) -> str:
-    absolute: str = os.fspath(absolute_path(require_path(path, "the path of a checkpoint")))
+    absolute = local_path(require_path(path, "the path of a checkpoint"))
     if is_file(absolute):  # of msgpack
         return absolute
     if is_run(absolute):

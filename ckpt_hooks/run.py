@@ -35,8 +35,8 @@ from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata,
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
-from ckpt_hooks.storage.lookup import is_directory, is_named, is_there
-from ckpt_hooks.temporary_paths import absolute_path, is_committed
+from ckpt_hooks.storage.lookup import is_directory, is_named, is_there, local_path
+from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["METRICS_ITEM", "OvertakenError", "RunDirectory"]
 
@@ -58,7 +58,7 @@ class RunDirectory:
     """Reading needs no lock and makes nothing; `lock` comes before the first change."""
 
     def __init__(self, directory: Any) -> None:
-        self.path = os.fspath(absolute_path(require_path(directory, "the directory of a run")))
+        self.path = local_path(require_path(directory, "the directory of a run"))
         if is_named(self.path) and not is_directory(self.path):
             raise UnwritableDirectoryError(
                 f"{self.path} is {'a file' if is_there(self.path) else 'a link to nothing'}; a run is a directory of "

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 from etils import epath
 
-from ckpt_hooks.arguments import require_local
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -31,7 +30,7 @@ from ckpt_hooks.shared_directory import require_shared, token_of
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
-from ckpt_hooks.storage.lookup import is_directory, is_file, is_named, is_there
+from ckpt_hooks.storage.lookup import is_directory, is_file, is_named, is_there, local_path
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import STRUCTURE_FILE
 
@@ -53,6 +52,7 @@ __all__ = [
 
 _NEW_METADATA = StepMetadata().to_json()
 
+_ROOT = epath.Path("/")  # from which a path is made in half the time
 _MARGIN_BYTES = 1 << 20  # of free space, for what is not array data
 
 _log = logging.getLogger(__name__)
@@ -101,8 +101,9 @@ class TemporaryPath(abc.ABC):
         file_options: FileOptions | None = None,
         multiprocessing_options: MultiprocessingOptions | None = None,
     ) -> None:
-        self._temporary = epath.Path(temporary_path)
-        self._final = epath.Path(final_path)
+        self._temporary, self._final = epath.Path(temporary_path), epath.Path(final_path)
+        if not self._final.is_absolute():
+            self._temporary, self._final = absolute_path(temporary_path), absolute_path(final_path)
         self._store = checkpoint_metadata_store
         self._store_blocks = checkpoint_metadata_store is None or checkpoint_metadata_store.is_blocking_writer
         self._file_options = file_options or FileOptions()
@@ -395,7 +396,7 @@ def require_free_bytes(directory: str, said: Mapping[int, int | str]) -> None:
 
 def absolute_path(directory: Any) -> epath.Path:
     """A directory as an absolute path. Raises InvalidArgumentError for what is not on a file system."""
-    return epath.Path(os.path.abspath(require_local(os.fspath(directory))))
+    return _ROOT / local_path(os.fspath(directory))
 
 
 def require_finalized(directory: Any, path_class: type[TemporaryPath]) -> epath.Path:

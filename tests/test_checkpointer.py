@@ -21,6 +21,7 @@ from ckpt_hooks import (
     CheckpointArgs,
     Checkpointer,
     CheckpointHandler,
+    CheckpointManager,
     CommitFileTemporaryPath,
     CompositeCheckpointHandler,
     FileOptions,
@@ -35,7 +36,7 @@ from ckpt_hooks import (
 )
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FileChecksums
-from ckpt_hooks.temporary_paths import is_temporary
+from ckpt_hooks.temporary_paths import absolute_path, is_temporary
 from tests.faulty import fail
 from tests.sameness import bits
 
@@ -459,6 +460,29 @@ def test_path_that_is_no_directory_is_refused(path: str) -> None:
     """A URL of an object store is refused by name."""
     with Checkpointer(NoteHandler()) as checkpointer, pytest.raises(ValueError, match="://bucket/c"):
         checkpointer.save(path, "a")
+
+
+@pytest.mark.parametrize("top", ["gs", "s3", "az", "runs"])
+def test_a_directory_that_is_named_like_an_address_is_one(tmp_path: Path, top: str) -> None:
+    """What is mounted at /s3 is no bucket: epath's own path of it is the address of one, and no directory here."""
+    found = absolute_path(f"/{top}/runs")
+    assert os.path.normpath(os.fspath(found)).lstrip("/") == f"{top}/runs" and "://" not in os.fspath(found)
+    assert absolute_path(found) == found
+    with Checkpointer(NoteHandler()) as checkpointer, pytest.raises(errors.CheckpointNotFoundError, match=f"/{top}/"):
+        checkpointer.restore(f"/{top}/runs/of/{tmp_path.name}")
+
+
+def test_a_path_behind_two_slashes_is_the_same(tmp_path: Path) -> None:
+    """A path that epath would take for an address is used with two slashes before it: a run is the same one there."""
+    state = {"params": {"w": np.arange(3)}, "step": 1}
+    with CheckpointManager(f"/{tmp_path}") as manager:
+        manager.save(1, state)
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.steps() == [1]
+        manager.save(2, state)
+    with CheckpointManager(f"/{tmp_path}") as manager:
+        assert manager.restore(step=2)["step"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["1", "2"]
 
 
 # ------------------------------------------------------------------ force

@@ -94,6 +94,20 @@ def test_nothing_is_made_before_create(tmp_path: Path, kind: Any) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("path", ["7", "runs/7"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_relative_path_is_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, path: str
+) -> None:
+    """A path class by itself takes a relative path, makes its parents, and stays there when the directory changes."""
+    monkeypatch.chdir(tmp_path)
+    temporary = temporary_of(Path(path), kind)
+    (temporary.create() / "text").write_text("a")
+    monkeypatch.chdir("/")
+    temporary.finalize()
+    assert (tmp_path / path / "text").read_text() == "a"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_finalize_makes_the_checkpoint(tmp_path: Path, kind: Any) -> None:
     """After `finalize` the final path is a checkpoint with marker, times and checksums, and nothing else is there."""

@@ -9,6 +9,7 @@ every later save of the same structure.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -16,7 +17,7 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -146,7 +147,7 @@ class StandardCheckpointHandler(CheckpointHandler):
 
     def restore(self, directory: epath.Path, args: StandardRestoreArgs | None = None) -> Any:
         args = StandardRestoreArgs() if args is None else args
-        with _collection_paused:
+        with _collection_paused():
             saved = open_tree(os.fspath(directory), verify=args.verify)
             changes = args.changes or (Changes(cast=args.cast) if args.cast else EXACT)
             restored = saved.restore(NO_TARGET if args.item is None else args.item, changes)
@@ -267,7 +268,7 @@ class Plan:
         except (TypeError, ValueError):  # a node with metadata that cannot be hashed or compared
             return cls(item, writers, compresses, part_of), leaves
         if plan is None:
-            with _collection_paused:
+            with _collection_paused():
                 plan = cls(item, writers, compresses, part_of)
             with _cache_lock:
                 _cache[key] = plan
@@ -355,29 +356,27 @@ _cache: collections.OrderedDict[Hashable, Plan] = collections.OrderedDict()
 _cache_lock = threading.Lock()
 
 
-class _CollectionPause:
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
     """Makes many objects without the garbage collector looking through all that there are again and again.
 
     With a leaf in several objects, and several hundred thousand of JAX's own, that takes most of the time.
     """
-
-    def __init__(self) -> None:
-        self._num_users = 0
-        self._was_enabled = True
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._num_users == 0:
-                self._was_enabled = gc.isenabled()
-                gc.disable()
-            self._num_users += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._num_users -= 1
-            if self._num_users == 0 and self._was_enabled:
+    global _num_paused, _was_enabled
+    with _pause_lock:
+        if _num_paused == 0:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _num_paused += 1
+    try:
+        yield
+    finally:
+        with _pause_lock:
+            _num_paused -= 1
+            if _num_paused == 0 and _was_enabled:
                 gc.enable()
 
 
-_collection_paused = _CollectionPause()
+_num_paused = 0
+_was_enabled = True
+_pause_lock = threading.Lock()

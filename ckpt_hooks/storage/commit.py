@@ -75,7 +75,7 @@ def make_directory(path: str, mode: int | None = None) -> None:
 
 def make_parents(path: str) -> None:
     """Makes a directory and its parents, where they are not there, so that a power cut leaves them."""
-    missing = []
+    path, missing = os.path.abspath(path), []
     while not is_directory(path):
         if is_named(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)

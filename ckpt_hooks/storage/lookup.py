@@ -1,4 +1,4 @@
-"""What is on the disk: whether something is there, and what is in a small file.
+"""What is on the disk: its path, whether something is there, and what is in a small file.
 
 To `os.path.exists` and its like a disk that fails looks like an empty one: here it is an error. A step that one failing
 look-up calls absent would be passed over, or taken for damaged, or a run would begin afresh.
@@ -10,14 +10,27 @@ from __future__ import annotations
 
 import contextvars
 import errno
+import functools
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Self
 
-from ckpt_hooks.errors import CorruptCheckpointError, explain_os_error
+from etils import epath
 
-__all__ = ["ReadOnce", "blocks_of", "content_of", "is_directory", "is_file", "is_named", "is_there", "read_file"]
+from ckpt_hooks.errors import CorruptCheckpointError, InvalidArgumentError, explain_os_error
+
+__all__ = [
+    "ReadOnce",
+    "blocks_of",
+    "content_of",
+    "is_directory",
+    "is_file",
+    "is_named",
+    "is_there",
+    "local_path",
+    "read_file",
+]
 
 _NOT_THERE_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
 
@@ -27,6 +40,27 @@ _HELD_BLOCKS = 256  # a file of so many is read anew by whoever wants it
 _held: contextvars.ContextVar[dict[str, list[bytes]] | None] = contextvars.ContextVar("held", default=None)
 
 _Path = str | os.PathLike[str]
+
+
+def local_path(path: str) -> str:
+    """The absolute path, of which `etils.epath.Path` makes one too.
+
+    Raises InvalidArgumentError for an address, such as that of a bucket.
+
+    >>> local_path("/runs/../data"), local_path("/s3/data")
+    ('/data', '//s3/data')
+    """
+    if "://" in path:
+        raise InvalidArgumentError(f"{path}: only local and mounted directories can be used")
+    absolute = os.path.abspath(path)
+    # For epath, /s3/data is the address of a bucket, and "s3:" a directory here; behind two slashes, which are one to
+    # the system, it is what is mounted at /s3.
+    return f"/{absolute}" if _is_scheme(absolute.split("/", 2)[1]) else absolute
+
+
+@functools.cache
+def _is_scheme(name: str) -> bool:
+    return bool(os.fspath(epath.Path(f"/{name}")) != f"/{name}")
 
 
 def is_there(path: _Path) -> bool:
@@ -99,13 +133,12 @@ def content_of(path: str) -> bytes:
         raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
 
 
-def blocks_of(path: str) -> Iterable[bytes]:
+def blocks_of(path: str) -> Iterator[bytes]:
     """What is in a file, block by block; within `ReadOnce`, what was in it when it was first read."""
     held = _held.get()
-    return held[path] if held is not None and path in held else _read_blocks(path, held)
-
-
-def _read_blocks(path: str, held: dict[str, list[bytes]] | None) -> Iterator[bytes]:
+    if held is not None and path in held:
+        yield from held[path]
+        return
     # Without a file object, which costs more than reading the small files that most of them are.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

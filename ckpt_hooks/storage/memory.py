@@ -27,7 +27,7 @@ def aligned_memory(nbytes: int) -> Bytes:
     """
     if nbytes < _OWN_PAGES_BYTES:
         memory = np.empty(nbytes + 64, np.uint8)
-        skip = -memory.ctypes.data % 64
+        skip = -memory.__array_interface__["data"][0] % 64  # `ctypes.data` makes an object for it
         return memory[skip : skip + nbytes]
     # Private, since Python's default is shared memory, which Linux does not put into huge pages.
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
