@@ -102,7 +102,7 @@ class TemporaryPath(abc.ABC):
         multiprocessing_options: MultiprocessingOptions | None = None,
     ) -> None:
         self._temporary, self._final = epath.Path(temporary_path), epath.Path(final_path)
-        if not self._final.is_absolute():
+        if not os.path.isabs(self._final):
             self._temporary, self._final = absolute_path(temporary_path), absolute_path(final_path)
         self._store = checkpoint_metadata_store
         self._store_blocks = checkpoint_metadata_store is None or checkpoint_metadata_store.is_blocking_writer

@@ -109,6 +109,13 @@ def test_a_relative_path_is_of_the_working_directory(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_address_is_no_temporary_path(kind: Any) -> None:
+    """A path class by itself refuses what is not on a file system, before it makes a directory of that name."""
+    with pytest.raises(ValueError, match=r"gs://bucket/7.*: only local and mounted"):
+        kind.from_final("gs://bucket/7")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_finalize_makes_the_checkpoint(tmp_path: Path, kind: Any) -> None:
     """After `finalize` the final path is a checkpoint with marker, times and checksums, and nothing else is there."""
     commit_text(tmp_path / "7", "a", kind)
