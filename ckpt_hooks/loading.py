@@ -18,8 +18,9 @@ from ckpt_hooks.equinox_modules import functions_among
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
 from ckpt_hooks.shards import Parts, Spread, are_undecided, spreads_of, with_saved_shardings
+from ckpt_hooks.storage.array_info import ArrayInfo
 from ckpt_hooks.storage.lookup import content_of, is_directory
-from ckpt_hooks.storage.reader import ArrayInfo, Database
+from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.regions import Region
 from ckpt_hooks.tree import ARRAY_METADATA_FOLDER, METADATA_FILE, OWN_ARRAY_METADATA, SHARDING_FILE, STRINGS_FILE
 

@@ -16,7 +16,7 @@ from ckpt_hooks.devices import put_bound, put_free, weakly_typed
 from ckpt_hooks.errors import StructureMismatchError
 from ckpt_hooks.leaves import is_prng_key
 from ckpt_hooks.shards import Parts, put_parts
-from ckpt_hooks.storage.reader import ArrayInfo
+from ckpt_hooks.storage.array_info import ArrayInfo
 
 __all__ = ["SavedLeaf", "fit", "key_dtype", "match", "place_on_devices"]
 

@@ -195,12 +195,13 @@ def _to_json_number(name: str, value: Any) -> float | int | str:
 
 
 class MetadataStore(abc.ABC):
-    """Reads and writes metadata files; a reader sees an old file or a new one, never a part of one."""
+    """Reads and writes metadata files; a reader sees an old file or a new one, never a part of one.
 
-    @property
-    @abc.abstractmethod
-    def is_blocking_writer(self) -> bool:
-        """Whether `write` and `update` return only when the file is there."""
+    Attributes:
+      is_blocking_writer: whether `write` and `update` return only when the file is there.
+    """
+
+    is_blocking_writer: bool = True
 
     @abc.abstractmethod
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
@@ -242,10 +243,6 @@ def _content(file_path: Any) -> dict[str, Any] | None:
 class _ReadOnlyStore(MetadataStore):
     """Ignores writes without a word: for the processes that are not primary."""
 
-    @property
-    def is_blocking_writer(self) -> bool:
-        return True
-
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
         del file_path, metadata
 
@@ -256,10 +253,6 @@ class _ReadOnlyStore(MetadataStore):
 class _BlockingStore(MetadataStore):
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a read-modify-write of two threads must not lose one
-
-    @property
-    def is_blocking_writer(self) -> bool:
-        return True
 
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
         path = os.fspath(file_path)
@@ -274,14 +267,12 @@ class _BlockingStore(MetadataStore):
 
 
 class _BackgroundStore(_BlockingStore):
+    is_blocking_writer = False
+
     def __init__(self) -> None:
         super().__init__()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "ckpt_hooks-metadata")
         self._pending: list[concurrent.futures.Future[None]] = []
-
-    @property
-    def is_blocking_writer(self) -> bool:
-        return False
 
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
         self._submit(super().write, file_path, dict(metadata))

@@ -15,8 +15,8 @@ import tensorstore as ts
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import direct, foreign
+from ckpt_hooks.storage.array_info import ArrayInfo
 from ckpt_hooks.storage.foreign import ForeignArrays
-from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.storage.zarr import ArrayKind
 
 Arrays = dict[str, np.ndarray]

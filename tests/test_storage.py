@@ -6,6 +6,8 @@ import errno
 import itertools
 import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_hooks.errors import CorruptCheckpointError, DiskFullError, RunLockedError
-from ckpt_hooks.storage import checksums, commit, layout, ocdbt, varints, writer
+from ckpt_hooks.storage import checksums, commit, layout, lookup, ocdbt, varints, writer
 from ckpt_hooks.storage.foreign import ForeignArrays
 from ckpt_hooks.storage.memory import host_bytes
 from ckpt_hooks.storage.reader import Database
@@ -272,15 +274,37 @@ def test_what_a_file_lacks_is_not_made_up(tmp_path: Path, verify: bool) -> None:
         database.read(["w"])
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 @pytest.mark.parametrize("num", [2000, 200_000])
-def test_a_data_file_that_is_a_directory_is_named(tmp_path: Path, num: int) -> None:
-    """What took the place of a data file is damage of the checkpoint, which says where."""
+def test_a_data_file_that_is_no_file_is_named(tmp_path: Path, num: int, make: Callable[[Path], None]) -> None:
+    """What took the place of a data file is damage of the checkpoint, which says where, and waits for nobody."""
     write_item(tmp_path / "i", {"w": np.ones(num, np.uint8)})
     path = tmp_path / "i" / layout.data_file_name(0)
     path.unlink()
-    path.mkdir()
-    with pytest.raises(CorruptCheckpointError, match=f"{path} is a directory"):
+    make(path)
+    with pytest.raises(CorruptCheckpointError, match=f"{path} is a directory or a pipe"):
         Database(str(tmp_path / "i")).read(["w"])
+
+
+_LEASE = """
+import fcntl, os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+descriptor = os.open(sys.argv[1], os.O_RDWR)
+fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("leased", flush=True)
+signal.sigwait({signal.SIGIO})  # somebody opens the file, and waits
+fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+"""
+
+
+def test_a_file_that_a_file_server_has_leased_is_waited_for(tmp_path: Path) -> None:
+    """Whoever serves the files of a checkpoint to other machines gets the time to give one back."""
+    path = tmp_path / "leased"
+    path.write_bytes(b"content")
+    with subprocess.Popen([sys.executable, "-c", _LEASE, str(path)], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None and server.stdout.readline() == b"leased\n"
+        assert lookup.read_file(str(path)) == b"content"
+    assert server.returncode == 0
 
 
 def test_a_disk_that_fails_under_a_data_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

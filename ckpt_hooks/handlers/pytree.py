@@ -151,8 +151,10 @@ class StandardCheckpointHandler(CheckpointHandler):
             saved = open_tree(os.fspath(directory), verify=args.verify)
             changes = args.changes or (Changes(cast=args.cast) if args.cast else EXACT)
             restored = saved.restore(NO_TARGET if args.item is None else args.item, changes)
+            custom_metadata = saved.custom_metadata
+            del saved  # with its objects for each leaf, or the collector, which runs right behind, looks through them
         if args.typed:
-            return structure.typed_item(os.fspath(directory), restored, saved.custom_metadata)
+            return structure.typed_item(os.fspath(directory), restored, custom_metadata)
         return restored
 
     def metadata(self, directory: epath.Path) -> Any:

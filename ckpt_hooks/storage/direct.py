@@ -20,6 +20,7 @@ import numpy as np
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompress_into
+from ckpt_hooks.storage.lookup import open_to_read
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, fill, host_bytes
 from ckpt_hooks.storage.values import Place
 
@@ -64,7 +65,7 @@ def read_direct(directory: str, values: Mapping[str, DirectValue]) -> set[str]:
 
 def _read_file(path: str, values: Mapping[str, DirectValue]) -> Iterator[str]:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_to_read(path)
     except OSError:
         return
     bad: set[str] = set()

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError
+from ckpt_hooks.storage.array_info import ArrayInfo
 from ckpt_hooks.storage.direct import DirectValue, read_direct
 from ckpt_hooks.storage.layout import array_key
-from ckpt_hooks.storage.reader import ArrayInfo
 from ckpt_hooks.storage.regions import Region, bounding, shape_of, slices_of, whole
 from ckpt_hooks.storage.values import DatabaseValues, FileValues
 from ckpt_hooks.storage.zarr import ArrayKind

@@ -6,28 +6,28 @@ pieces share one slab of memory, and the arrays are views of it. A region that i
 
 from __future__ import annotations
 
+import errno
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 and its siblings with NumPy by name)
 import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError, PartialCheckpointError
 from ckpt_hooks.storage import ocdbt
+from ckpt_hooks.storage.array_info import ArrayInfo, Stored
 from ckpt_hooks.storage.checksums import ARRAY_FILE, ItemChecksums, PieceTable, check_piece
 from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompressed
 from ckpt_hooks.storage.layout import ALIGNMENT_BYTES, array_key
-from ckpt_hooks.storage.lookup import is_file, read_file
+from ckpt_hooks.storage.lookup import is_file, open_to_read, read_file
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, fill
 from ckpt_hooks.storage.regions import Overlap, Region, overlaps, shape_of, whole
 from ckpt_hooks.storage.slices import Slice, slice_tasks
 
-__all__ = ["ArrayInfo", "Database", "dtype_from_zarr"]
+__all__ = ["Database"]
 
 _SMALL_FILE_BYTES = 64 << 10  # of a data file that is read whole, with the index in it
 _SLAB_BYTES = 16 << 20  # small neighbours share memory up to here; more would keep dead memory alive for one leaf
@@ -36,35 +36,14 @@ _LARGE_BYTES = 1 << 20  # chunks above it have several pieces, of which a region
 _BATCH_BYTES = 32 << 20  # of smaller chunks that are read to be put together
 _THREADS = 2
 _WORTH_A_THREAD_BYTES = 4 << 20
+_NO_FILE_ERRNOS = frozenset({errno.EISDIR, errno.ESPIPE})
 _SPARSE = 2  # so many times the bytes that are wanted, nobody should hold for long
 _METADATA_KEY = b".zarray"
 _STEM, _END = slice(None, -len(_METADATA_KEY)), slice(-len(_METADATA_KEY), None)
 
 
-class ArrayInfo(NamedTuple):
-    """An array on disk."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    chunk_shape: tuple[int, ...]
-
-
-class _Stored(NamedTuple):
-    """What a ``.zarray`` says; arrays that are alike share one.
-
-    Attributes:
-      chunk_nbytes: of a chunk that is not compressed.
-      only_suffix: of the key of its only chunk; empty where it has several or none.
-    """
-
-    info: ArrayInfo
-    chunk_nbytes: int
-    is_compressed: bool
-    only_suffix: bytes
-
-
 _Value = bytes | ocdbt.Location  # of the index
-_Array = tuple[_Stored, _Value | None]  # and its only chunk, None where it has several or none
+_Array = tuple[Stored, _Value | None]  # and its only chunk, None where it has several or none
 _Chunk = tuple[Any, int]  # memory that holds it, and where in it the chunk begins
 _Range = tuple[int, int, int]  # of a data file: its offset and length, and the place of what is in it
 _Slab = tuple[range, list[_Range]]  # neighbouring pieces, and what is wanted of them
@@ -75,7 +54,7 @@ _NO_ARRAY = np.empty(0)  # until it is read
 class _Part(NamedTuple):
     """What a region takes of a chunk, which the key is of, and where it goes."""
 
-    stored: _Stored
+    stored: Stored
     key: bytes
     in_chunk: tuple[slice, ...]
     target: np.ndarray
@@ -111,7 +90,7 @@ class Database:
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The arrays of these names; memory is aligned to 64 bytes and shared with no other call."""
-        in_one: dict[str, _Stored] = {}
+        in_one: dict[str, Stored] = {}
         values: list[_Value] = []
         cut: dict[str, list[Region]] = {}
         for name in names:
@@ -134,7 +113,7 @@ class Database:
         """Regions of arrays, each in memory of its own; beside it, no more is held than a bounded number of bytes."""
         found: dict[str, list[np.ndarray]] = {}
         parts: list[_Part] = []
-        chunks: list[tuple[str, int, _Stored, _Value]] = []  # of the regions that are a chunk each
+        chunks: list[tuple[str, int, Stored, _Value]] = []  # of the regions that are a chunk each
         for name, regions in wanted.items():
             stored, arrays = self._arrays[name][0], found.setdefault(name, [])
             for region in regions:
@@ -239,13 +218,13 @@ class Database:
         """One pass over the keys: asking for the parts of every array by name would take several times as long."""
         for key, value in self._values.items():
             if key[_END] == _METADATA_KEY and type(value) is bytes:
-                stored, stem = _parse_zarray(value), key[_STEM]
+                stored, stem = Stored.parse(value), key[_STEM]
                 chunk = self._values.get(stem + stored.only_suffix) if stored.only_suffix else None
                 yield stem[:-1].decode(), (stored, chunk)
 
     # -------------------------------------------------------------- bytes
 
-    def _read_chunks(self, owners: Sequence[_Stored], values: Sequence[_Value]) -> list[_Chunk]:
+    def _read_chunks(self, owners: Sequence[Stored], values: Sequence[_Value]) -> list[_Chunk]:
         """The chunks of these arrays that the index has at these places."""
         chunks: list[_Chunk] = [_NOTHING] * len(values)
         outside: dict[str, list[_Range]] = {}
@@ -377,7 +356,7 @@ def _read_sparse(chunks: list[_Chunk], wanted: Sequence[_Range], pieces: PieceTa
 
 def _open(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_to_read(path)
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{path} is missing") from None
 
@@ -385,31 +364,13 @@ def _open(path: str) -> int:
 def _read_exactly(descriptor: int, target: Bytes, offset: int, path: str) -> None:
     try:
         got = fill(descriptor, target.data, offset)
-    except IsADirectoryError:
-        raise CorruptCheckpointError(f"{path} is a directory, and was saved as a file") from None
     except OSError as error:
+        if error.errno in _NO_FILE_ERRNOS:
+            raise CorruptCheckpointError(f"{path} is a directory or a pipe, and was saved as a file") from None
         error.filename = path
         raise
     if got < target.nbytes:
         raise CorruptCheckpointError(f"{path} is cut off at byte {offset + got}")
-
-
-# ------------------------------------------------------------------ zarr
-
-
-@functools.lru_cache(maxsize=4096)
-def _parse_zarray(encoded: bytes) -> _Stored:
-    fields = json.loads(encoded)
-    info = ArrayInfo(tuple(fields["shape"]), dtype_from_zarr(fields["dtype"]), tuple(fields["chunks"]))
-    is_whole = info.shape == info.chunk_shape
-    suffix = b".".join([b"0"] * max(1, len(info.shape))) if is_whole else b""
-    chunk_nbytes = math.prod(info.chunk_shape) * info.dtype.itemsize
-    return _Stored(info, chunk_nbytes, fields["compressor"] is not None, suffix)
-
-
-def dtype_from_zarr(text: str) -> np.dtype:
-    """The inverse of `layout.zarr_dtype`."""
-    return np.dtype(text)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_hooks.storage.array_info import ArrayInfo
 from ckpt_hooks.storage.direct import Form
-from ckpt_hooks.storage.reader import ArrayInfo
 
 __all__ = ["ArrayKind"]
 
