@@ -24,7 +24,7 @@ import numpy as np
 
 from ckpt_hooks import train_state
 from ckpt_hooks.errors import ClassNotFoundError, InvalidArgumentError
-from ckpt_hooks.storage.lookup import is_there
+from ckpt_hooks.storage.lookup import content_of, is_there
 from ckpt_hooks.tree import METADATA_FILE, key_text
 
 __all__ = ["Unrecorded", "describe", "describe_state", "metadata_of", "typed_item", "typed_state"]
@@ -224,8 +224,7 @@ def typed_state(directories: Iterable[str], parts: dict[str, Any]) -> Any:
 
 def _recorded(directory: str) -> Record:
     try:
-        with open(os.path.join(directory, METADATA_FILE), "rb") as file:
-            custom = json.loads(file.read()).get("custom_metadata")
+        custom = json.loads(content_of(os.path.join(directory, METADATA_FILE))).get("custom_metadata")
     except (FileNotFoundError, NotADirectoryError):  # a file of Flax's, a key of Orbax's
         custom = None
     return _record_in(custom, directory)

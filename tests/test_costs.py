@@ -17,9 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckpt_hooks import AsyncCheckpointer, Checkpointer, CheckpointHook, StandardCheckpointHandler
+from ckpt_hooks import (
+    AsyncCheckpointer,
+    Checkpointer,
+    CheckpointHook,
+    CompositeCheckpointHandler,
+    StandardCheckpointHandler,
+    args,
+)
 from ckpt_hooks.storage import commit
 from tests.profiled import run_profiled
+from tests.stateful import Counter
 
 SYSTEM_CALLS = ("open", "pwrite", "write", "fsync", "mkdir", "preadv", "rename", "posix_fallocate", "stat", "listdir")
 
@@ -92,6 +100,17 @@ def test_a_restore_opens_each_small_file_once(tmp_path: Path) -> None:
         checkpointer.save(tmp_path / "c", state)
         counts = calls_of(lambda: checkpointer.restore(tmp_path / "c", state))
     assert counts["open"] == 8
+
+
+def test_what_is_checked_of_a_small_item_is_what_is_restored(tmp_path: Path) -> None:
+    """A JSON item and the state of an iterator, whose checksums have been compared, are not opened once more."""
+    saved = args.Composite(config=args.JsonSave({"lr": 0.1}), data=args.IteratorSave(Counter()))
+    wanted = args.Composite(config=args.JsonRestore(), data=args.IteratorRestore(Counter()))
+    with Checkpointer(CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "c", saved)
+        counts = calls_of(lambda: checkpointer.restore(tmp_path / "c", wanted))
+    unread = {commit.COMMIT_MARKER}
+    assert counts["open"] == len([p for p in (tmp_path / "c").rglob("*") if p.is_file() and p.name not in unread])
 
 
 def test_a_small_checkpoint_has_few_files_to_sync(tmp_path: Path) -> None:

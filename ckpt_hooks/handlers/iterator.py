@@ -20,6 +20,7 @@ from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, StagedSa
 from ckpt_hooks.handlers.iterator_state import state_to_text, text_to_state
 from ckpt_hooks.handlers.json import JsonCheckpointHandler
 from ckpt_hooks.storage import commit
+from ckpt_hooks.storage.lookup import content_of
 from ckpt_hooks.storage.per_process import PROCESS_FILE, process_file
 
 __all__ = [
@@ -149,16 +150,15 @@ def _read(directory: str, target: Any) -> Any:
 def _were_bytes(directory: str, target: Any) -> bool:
     """Whether the states are bytes; Grain's handler writes no summary, so the object's own state says it."""
     try:
-        with open(os.path.join(directory, _SUMMARY_FILE), "rb") as file:
-            return bool(json.loads(file.read()).get("state") == "bytes")
+        summary = content_of(os.path.join(directory, _SUMMARY_FILE))
+        return bool(json.loads(summary).get("state") == "bytes")
     except (FileNotFoundError, ValueError, AttributeError):
         return is_stateful(target) and isinstance(target.get_state(), bytes)
 
 
 def _read_file(directory: str, name: str, was_bytes: bool) -> Any:
     path = os.path.join(directory, name)
-    with open(path, "rb") as file:
-        text = file.read()
+    text = content_of(path)
     try:
         return text_to_state(text, was_bytes=was_bytes)
     except ValueError as error:

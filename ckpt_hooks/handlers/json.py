@@ -16,7 +16,7 @@ from ckpt_hooks.metadata import METADATA_FILE
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
-from ckpt_hooks.storage.lookup import is_file
+from ckpt_hooks.storage.lookup import content_of, is_file
 
 __all__ = ["JsonCheckpointHandler", "JsonRestoreArgs", "JsonSaveArgs"]
 
@@ -54,9 +54,9 @@ class JsonCheckpointHandler(CheckpointHandler):
 
     def restore(self, directory: epath.Path, args: JsonRestoreArgs | None = None) -> Any:
         path = self._find(os.fspath(directory))
+        content = content_of(path)
         try:
-            with open(path, "rb") as file:
-                return json.loads(file.read())
+            return json.loads(content)
         except ValueError as error:
             raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
 

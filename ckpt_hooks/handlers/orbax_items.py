@@ -23,7 +23,7 @@ from ckpt_hooks.errors import CorruptCheckpointError, InvalidArgumentError
 from ckpt_hooks.handlers.base import CheckpointArgs, CheckpointHandler, register_with_handler
 from ckpt_hooks.handlers.pytree import StandardRestoreArgs
 from ckpt_hooks.loading import NO_TARGET, SavedTree
-from ckpt_hooks.storage.lookup import is_file
+from ckpt_hooks.storage.lookup import content_of, is_file
 
 __all__ = ["ARRAY_NAME", "OrbaxItemHandler", "OrbaxItemRestoreArgs"]
 
@@ -109,8 +109,7 @@ def _open(directory: str) -> tuple[SavedTree, dict[str, Any] | None]:
         raise CorruptCheckpointError(f"{directory} is neither an array nor a random key of Orbax's: it has {names}")
     path = os.path.join(directory, f"{name}{_KEY_METADATA}", "metadata")
     try:
-        with open(path, "rb") as file:
-            kind = json.loads(file.read())
+        kind = json.loads(content_of(path))
         is_typed = kind.get("typed")
     except (OSError, ValueError, AttributeError) as error:
         raise CorruptCheckpointError(f"{path} is damaged: {error}") from error
