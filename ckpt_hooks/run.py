@@ -35,7 +35,7 @@ from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata,
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
-from ckpt_hooks.storage.lookup import is_directory, is_named, is_there, local_path
+from ckpt_hooks.storage.lookup import content_of, is_directory, is_named, is_there, local_path
 from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["METRICS_ITEM", "OvertakenError", "RunDirectory"]
@@ -209,8 +209,7 @@ class RunDirectory:
 
     def _orbax_metrics(self, step: int) -> Mapping[str, Any]:
         try:
-            with open(os.path.join(self.step_path(step), _METRICS_FILE), "rb") as file:
-                content = json.loads(file.read())
+            content = json.loads(content_of(os.path.join(self.step_path(step), _METRICS_FILE)))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return {}
         return _finite_or_named(content) if isinstance(content, dict) else {}

@@ -30,7 +30,7 @@ from ckpt_hooks.shared_directory import require_shared, token_of
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
-from ckpt_hooks.storage.lookup import is_directory, is_file, is_named, is_there, local_path
+from ckpt_hooks.storage.lookup import blocks_of, is_directory, is_file, is_named, is_there, local_path
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import STRUCTURE_FILE
 
@@ -330,12 +330,11 @@ def is_committed(path: Any) -> bool:
 
 def has_early_tree(directory: str) -> bool:
     """Whether a directory holds a tree as Orbax wrote it at first: a file `checkpoint` that is a msgpack map."""
+    path = os.path.join(directory, STRUCTURE_FILE)
     try:
-        with open(os.path.join(directory, STRUCTURE_FILE), "rb") as file:
-            begin = file.read(1)
-    except OSError:
+        return is_file(path) and next(blocks_of(path), b"")[:1] in _MAPS  # TensorFlow's file of this name is text
+    except FileNotFoundError:  # removed in between
         return False
-    return begin in _MAPS  # TensorFlow's file of this name is text
 
 
 _MAPS = frozenset(bytes([code]) for code in (*range(0x80, 0x90), 0xDE, 0xDF))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -231,6 +232,25 @@ def test_the_best_step_is_found_by_orbax_metrics(saved_run: Path) -> None:
         assert ours.best_step() == 2
         assert ours.best_step("loss", "max") == 3
         assert bits(ours.restore(step="best")["default"]) == bits(make_tree(2))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_metrics_that_are_no_file_rank_nowhere(run: Path, make: Callable[[Path], None]) -> None:
+    """A directory or a pipe in the place of a step's metrics: nobody waits for a writer, and the other steps rank."""
+    metrics = run / "2" / "metrics" / "metrics"
+    metrics.unlink()
+    make(metrics)
+    with CheckpointManager(run, keep=BestN(1, "loss")) as ours:
+        assert ours.best_step() == 1
+
+
+def test_a_pipe_in_the_place_of_a_tree_is_not_waited_for(run: Path) -> None:
+    """Where nothing but a pipe named `checkpoint` is left of a step, there is none."""
+    shutil.rmtree(run / "3")
+    (run / "3").mkdir()
+    os.mkfifo(run / "3" / "checkpoint")
+    with CheckpointManager(run) as ours:
+        assert ours.latest_step() == 2
 
 
 def test_a_step_is_described(saved_run: Path) -> None:
