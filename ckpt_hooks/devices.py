@@ -31,7 +31,8 @@ def put_free(arrays: Sequence[Any], weak: Sequence[bool] = ()) -> list[jax.Array
 
 
 def _default_device() -> jax.Device:
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread
+    config: Any = jax.config
+    device = config.jax_default_device  # of this thread
     if device is None:
         return jax.local_devices()[0]
     if isinstance(device, jax.Device):

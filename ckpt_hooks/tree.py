@@ -41,7 +41,7 @@ OWN_ARRAY_METADATA = f"{ARRAY_METADATA_FOLDER}/process_0"  # the one file in it 
 
 _SEQUENCE_KEY, _DICT_KEY = 1, 2  # Orbax's key types; attributes and named-tuple fields count as dict keys
 
-EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple"})
+EMPTY_TYPES = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})  # the last only with Orbax's "rich types"
 
 Keys = tuple[tuple[str, int], ...]
 
@@ -60,7 +60,7 @@ class LeafRecord(NamedTuple):
 
     name: str
     key_metadata: list[dict[str, Any]]
-    value_type: str  # jax.Array, np.ndarray, scalar, string, or an empty node's None, Dict, List, Tuple
+    value_type: str  # jax.Array, np.ndarray, scalar, string, or one of `EMPTY_TYPES`, of an empty node
 
     @property
     def keys(self) -> Keys:
@@ -71,7 +71,8 @@ class LeafRecord(NamedTuple):
         return self.value_type in EMPTY_TYPES
 
     def empty_value(self) -> Any:
-        return {"None": None, "Dict": {}, "List": [], "Tuple": ()}[self.value_type]
+        """What stands for the node where there is no target: None for a named tuple, whose class nobody knows."""
+        return {"Dict": {}, "List": [], "Tuple": ()}.get(self.value_type)
 
 
 # ------------------------------------------------------------------ flattening

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.metadata.pytree_metadata_options import PyTreeMetadataOptions
 from orbax.checkpoint.experimental import v1
 
 import ckpt_hooks
@@ -154,6 +155,45 @@ def test_a_database_for_each_process_is_restored(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "merged" / "ocdbt.process_0")
         with pytest.raises(CorruptCheckpointError):
             ours.restore(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("layout", ["PyTreeCheckpointer", "zarr3", "files"])
+@pytest.mark.parametrize("tree", [{"a": None, "b": {}, "c": [], "d": ()}, {"text": "x", "none": None}])
+def test_a_tree_without_arrays_is_restored(tmp_path: Path, tree: Any, layout: str) -> None:
+    """Orbax makes no database where there is nothing to put into it."""
+    LAYOUTS[layout](tmp_path / "c", tree)
+    with Checkpointer(StandardCheckpointHandler()) as ours:
+        assert ours.restore(tmp_path / "c") == tree
+        assert ours.restore(tmp_path / "c", {**tree, "text": ""} if "text" in tree else tree) == tree
+        assert ours.metadata(tmp_path / "c").item_metadata is not None
+
+
+def test_the_state_of_plain_sgd_is_an_item(tmp_path: Path) -> None:
+    """It holds no array, so Orbax leaves no database in its directory."""
+    params = {"w": jnp.ones(2)}
+    empty = optax.sgd(0.1).init(params)
+    with ocp.CheckpointManager(tmp_path / "run") as theirs:
+        items = {"params": ocp.args.StandardSave(params), "opt_state": ocp.args.StandardSave(empty)}
+        theirs.save(1, args=ocp.args.Composite(**items))
+        theirs.wait_until_finished()
+    state = {"params": params, "opt_state": empty}
+    with CheckpointManager(tmp_path / "run") as ours:
+        assert ours.verify(1) == []
+        assert typed_bits(ours.restore(jax.tree.map(jnp.zeros_like, state))) == typed_bits(state)
+
+
+def test_rich_types_are_restored(tmp_path: Path) -> None:
+    """With Orbax's `support_rich_types` an empty named tuple, as most states of optax have, is of a type of its own."""
+    optimizer = optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9))
+    tree = {"opt_state": optimizer.init({"w": jnp.ones(2)}), "empty": {}}
+    rich = PyTreeMetadataOptions(support_rich_types=True)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler(pytree_metadata_options=rich)) as theirs:
+        theirs.save(tmp_path / "rich", args=ocp.args.StandardSave(tree))
+    assert '"NamedTuple"' in (tmp_path / "rich" / "_METADATA").read_text()
+    with Checkpointer(StandardCheckpointHandler()) as ours:
+        assert typed_bits(ours.restore(tmp_path / "rich", tree)) == typed_bits(tree)
+        plain = {"opt_state": [None, [{"trace": {"w": np.zeros(2, np.float32)}}, None]], "empty": {}}
+        assert bits(ours.restore(tmp_path / "rich")) == bits(plain)
 
 
 def test_strings_are_restored(tmp_path: Path) -> None:

@@ -67,7 +67,6 @@ class ForeignArrays:
         )
         self._files = {"driver": "file", "path": os.path.join(directory, "")}
         self._use_ocdbt = use_ocdbt
-        self._values = self._open_values()
         self._known_kinds: dict[bytes, ArrayKind] = {}
         self._kinds = self._read_kinds(list(names))
 
@@ -113,7 +112,8 @@ class ForeignArrays:
 
     # -------------------------------------------------------------- metadata
 
-    def _open_values(self) -> DatabaseValues | FileValues:
+    @functools.cached_property
+    def _values(self) -> DatabaseValues | FileValues:
         store = self._ts.KvStore.open(self._files, context=self._context).result()
         if not self._use_ocdbt:
             return FileValues(store)
@@ -125,6 +125,8 @@ class ForeignArrays:
             ) from error
 
     def _read_kinds(self, names: Sequence[str]) -> dict[str, ArrayKind]:
+        if not names:
+            return {}  # where nothing is an array, as in the state of plain SGD, Orbax makes no database
         keys = [array_key(name, self._metadata_file) for name in names]
         try:
             values = self._values.read(keys)

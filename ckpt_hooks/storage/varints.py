@@ -85,10 +85,11 @@ def _decode_many(buffer: bytes, start: int, num: int) -> tuple[list[int], int]:
         raise CorruptCheckpointError(_CUT_OFF)
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
-    if int(lengths.max()) > 10 or (window[ends[lengths == 10]] > 1).any():  # nine groups hold 63 bits
+    longest = int(np.max(lengths))
+    if longest > 10 or (window[ends[lengths == 10]] > 1).any():  # nine groups hold 63 bits
         raise CorruptCheckpointError(_TOO_LONG)
     values = np.zeros(num, np.uint64)
-    for k in range(int(lengths.max())):
+    for k in range(longest):
         has = lengths > k
         group = (window[starts[has] + k] & 0x7F).astype(np.uint64)
         values[has] |= group << np.uint64(7 * k)
