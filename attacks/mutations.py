@@ -78,16 +78,16 @@ ANSWERS = {
 }
 DURABILITY = frozenset({"fsync", "fdatasync", "sync_file", "sync_directory", "sync_tree"})
 # `if ...: raise` in these files; elsewhere a guard protects an argument and not a checkpoint.
-GUARDED = re.compile(r"storage/(?!foreign)|temporary_paths|checkpointer|manager|run|restoring|reading|loading|matching")
+GUARDED = re.compile(r"storage/(?!foreign)|temporary_paths|checkpointer|manager|run|restoring|reading|loading|matching|threads")
 
 
 # {mutation: why nobody could tell that it is gone}
 EQUIVALENT: dict[str, str] = {
-    "storage/commit.py run_parallel: end.wait() -> pass": "the loop around it waits too, only busily",
+    "threads.py run_parallel: end.wait() -> pass": "the loop around it waits too, only busily",
     "run.py RunDirectory._replace_files: commit.sync_directory(path) -> pass": (
         "the metadata, which are replaced next, sync the same directory; until then the checksums accept either"
     ),
-    "run.py RunDirectory.unlock: self._lock.release() -> pass": "the lock is forgotten next, which releases it",
+    "run.py RunDirectory.unlock: self.writer_lock.release() -> pass": "the lock is forgotten next, which releases it",
     "storage/commit.py _take_back: sync_directory(os.path.dirname(final)) -> pass": (
         "what a power cut undoes is done again at the next start"
     ),

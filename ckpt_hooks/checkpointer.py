@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -42,6 +41,7 @@ from ckpt_hooks.temporary_paths import (
     require_finalized,
     require_free_bytes,
 )
+from ckpt_hooks.threads import BackgroundTask
 
 __all__ = ["AsyncCheckpointer", "Checkpointer"]
 
@@ -234,11 +234,13 @@ class Checkpointer:
         if self._is_primary:
             self._commit(save.temporary)
             events.record_duration_secs(events.WRITE_COMMIT_SECS, time.perf_counter() - written_secs)
-        self._barrier(committed, save.operation)
-        if not self._is_alone:
-            self._barriers(save.operation).leave()
-        if self._is_primary and save.on_commit is not None:
-            save.on_commit()
+        try:
+            self._barrier(committed, save.operation)
+            if not self._is_alone:
+                self._barriers(save.operation).leave()
+        finally:
+            if self._is_primary and save.on_commit is not None:
+                save.on_commit()  # whatever has become of the others: there is a checkpoint now
         events.record_event(events.WRITE_SUCCESS)
         self.last_save_secs = time.perf_counter() - save.start_secs
         events.record_duration_secs(events.WRITE_TOTAL_SECS, self.last_save_secs)
@@ -257,7 +259,7 @@ class Checkpointer:
         if self._is_primary:
             try:
                 save.temporary.discard()
-            except OSError as second:
+            except Exception as second:
                 _log.warning("cannot remove the failed save at %s: %s", save.final, second)
         self.report_failure(save.final, error)
         return explain_os_error(error, f"saving {save.final}") if isinstance(error, OSError) else error
@@ -345,29 +347,15 @@ class AsyncCheckpointer(Checkpointer):
     def __init__(self, handler: Any, *, timeout_secs: float = DEFAULT_TIMEOUT_SECS, **options: Any) -> None:
         given = given_or_new(options.pop("multiprocessing_options", None), MultiprocessingOptions)
         super().__init__(handler, multiprocessing_options=given.with_timeout(timeout_secs), **options)
-        self._thread: threading.Thread | None = None
-        self._is_idle = threading.Event()
-        self._is_idle.set()
+        self._task: BackgroundTask | None = None
         events.record_event(events.ASYNC_CHECKPOINTER_INIT)
 
     def save_args(self, directory: epath.Path, args: CheckpointArgs | StagedSave, **options: Any) -> None:
         start_secs = time.perf_counter()
         self.wait_until_finished()
         save = self._begin(directory, args, **options)
-        # Not a daemon: the interpreter waits for it, so a program that ends now still commits.
-        self._thread = threading.Thread(target=self._run, args=(save,), name=f"ckpt_hooks-save-{directory.name}")
-        try:
-            self._is_idle.clear()
-            if not threading.main_thread().is_alive():
-                raise RuntimeError("the interpreter is ending, and waits for no thread that starts now")
-            self._thread.start()
-        except RuntimeError:
-            self._run(save)
-        except BaseException as error:  # Ctrl-C
-            if self._thread.ident is None:
-                self._is_idle.set()  # or the next call would wait for ever
-                self._failed(save, error)
-            raise
+        self._task = BackgroundTask(functools.partial(self._run, save), f"ckpt_hooks-save-{directory.name}")
+        self._task.start(on_interrupt=functools.partial(self._failed, save))
         events.record_duration_secs(events.WRITE_BLOCKING_SECS, time.perf_counter() - start_secs)
 
     def _run(self, save: _Save) -> None:
@@ -375,23 +363,28 @@ class AsyncCheckpointer(Checkpointer):
             name = save.final.name
             self._complete(save, f"async_write_complete.{name}", f"async_commit_complete.{name}")
         except BaseException as error:
-            cause = self._failed(save, error)
-            failure = SaveFailedError(f"the background save of {save.final} failed: {cause}")
-            failure.__cause__ = cause
-            self.failure = untold[self] = failure  # untold until the next call raises it
+            self._tell(save, error)
+
+    def _tell(self, save: _Save, error: BaseException) -> None:
+        """Keeps a failure for the next call, whatever goes wrong while it is cleared up."""
+        try:
+            error = self._failed(save, error)
+        except Exception as second:
+            _log.error("clearing up after the save of %s: %s", save.final, second, exc_info=True)
         finally:
-            self._is_idle.set()
+            failure = SaveFailedError(f"the background save of {save.final} failed: {error}")
+            failure.__cause__ = error
+            self.failure = untold[self] = failure  # untold until the next call raises it
 
     @property
     def is_saving(self) -> bool:
         """Whether a save is in flight."""
-        return not self._is_idle.is_set()
+        return self._task is not None and self._task.is_running
 
     def wait_until_finished(self) -> None:
         """Waits for the save in flight; raises its failure, once."""
-        if self._thread is not threading.current_thread():
-            # Not join(): if Ctrl-C interrupts it, Python 3.11 takes the thread for ended, and at its exit drops it.
-            self._is_idle.wait()
+        if self._task is not None:
+            self._task.wait()
         if not self._store_blocks:
             self._store.wait_until_finished()
         if self.failure is not None:
@@ -416,4 +409,5 @@ class AsyncCheckpointer(Checkpointer):
         try:
             self.wait_until_finished()
         finally:
-            super().close()
+            if not self.is_saving:  # or Ctrl-C has ended the wait, and the save needs the handler
+                super().close()

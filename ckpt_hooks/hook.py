@@ -252,8 +252,10 @@ class CheckpointHook:
         """Waits, gives the signals back, and gives up the run's lock."""
         if self._notice.received and not self._preempted and self._last_step > max(self._saved_step, self._start_step):
             _log.warning("asked to stop, and closed without another call: step %d is not saved", self._last_step)
-        self._notice.close()
-        self.manager.close()
+        try:
+            self.manager.close()
+        finally:
+            self._notice.close()  # not before: a signal during the wait would end the process, and lose the last save
 
     def _follow(self, step: int) -> None:
         """Looks from `step` on for the next one that is due."""
@@ -356,6 +358,7 @@ class CheckpointHook:
     def _leave(self, step: int, state: Any, metrics: Any, metadata: Any, items: Mapping[str, Any]) -> bool:
         """Saves, waits for the commit, and raises `Preempted`."""
         self._preempted = True
+        self.manager.requires_metrics = False  # the last save is wanted with or without
         try:
             self.manager.wait()
         except CheckpointError as error:

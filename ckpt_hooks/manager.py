@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import functools
-import logging
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Self, TypeVar, cast
 
 from etils import epath
 
@@ -27,11 +26,11 @@ from ckpt_hooks.handlers.pytree import ArrayOptions, StandardSaveArgs
 from ckpt_hooks.item_handlers import item_handlers
 from ckpt_hooks.metadata import StepMetadata, check_custom_metadata, to_json_numbers, to_orbax_metrics
 from ckpt_hooks.processes import MultiprocessingOptions
+from ckpt_hooks.pruning import known_metrics, prune
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.requested import RestoreRequest, check_names
 from ckpt_hooks.restoring import find_problems, read_metadata
 from ckpt_hooks.run import METRICS_ITEM, RunDirectory
-from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.lookup import is_directory, is_named
 from ckpt_hooks.structure import describe_state
 from ckpt_hooks.temporary_paths import FileOptions
@@ -40,8 +39,21 @@ from ckpt_hooks.triggers import check_step
 __all__ = ["CheckpointManager"]
 
 _RESERVED = frozenset({"step", "metrics"})  # keys of custom_metadata that the manager writes
-_NO_METRICS: Mapping[str, Any] = {}
-_log = logging.getLogger(__name__)
+_Change = TypeVar("_Change", bound=Callable[..., Any])
+
+
+def _one_at_a_time(change: _Change) -> _Change:
+    """A change of a run, which waits for those of other threads: an evaluation may record metrics from one of its own.
+
+    So no save is in flight once it has waited for the last one, and none begins until it has ended.
+    """
+
+    @functools.wraps(change)
+    def alone(self: CheckpointManager, *args: Any, **kwargs: Any) -> Any:
+        with self._changing:
+            return change(self, *args, **kwargs)
+
+    return cast(_Change, alone)
 
 
 class CheckpointManager:
@@ -66,6 +78,9 @@ class CheckpointManager:
         written before `save` returns. None for all of it.
       multiprocessing_options: which processes take part and which commits.
       file_options: how directories are made.
+
+    Attributes:
+      requires_metrics: whether a save is refused once `BestN` would have to choose by a metric that nobody recorded.
 
     A failure in the background is raised once, as SaveFailedError, by the next call of any method.
 
@@ -96,6 +111,8 @@ class CheckpointManager:
         given = given_or_new(multiprocessing_options, MultiprocessingOptions)
         self._processes = given.with_timeout(timeout_secs)
         files = given_or_new(file_options, FileOptions)
+        self.requires_metrics = True
+        self._changing = threading.RLock()
         self._decides = self._processes.is_primary()  # what clocks, listings and files say, for all processes
         options: Any = {"multiprocessing_options": self._processes, "file_options": files}
         array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)
@@ -114,6 +131,7 @@ class CheckpointManager:
 
     # -------------------------------------------------------------- saving
 
+    @_one_at_a_time
     def save(
         self,
         step: int,
@@ -160,12 +178,12 @@ class CheckpointManager:
             except BaseException as error:
                 self.checkpointer.report_failure(path, error)
                 raise
-            if self._decides and not run.is_locked:
+            if self._decides and not (run.writer_lock and run.writer_lock.is_of(run.path)):
                 run.lock()
             if not force and ((run.known and step <= run.known[-1]) or step <= run.flax_newest):
                 run.require_newer(step)
-            if self._decides and self._retention.ranks:
-                retention.check_recorded(self._retention.policies, self._known_metrics(), numbers)
+            if self._decides and self._retention.ranks and self.requires_metrics:
+                retention.check_recorded(self._retention.policies, known_metrics(run, self._retention), numbers)
             if self._decides and (run.rejected or is_named(path)):
                 run.make_way(step)
         except BaseException as error:
@@ -211,44 +229,7 @@ class CheckpointManager:
         else:
             run.known.append(step)
         if keep.policies and (run.older or len(run.known) > keep.newest):
-            self._apply_retention()
-
-    def _apply_retention(self) -> None:
-        run = self._run
-        for step in self._steps_to_remove():
-            run.recorded.pop(step, None)
-            try:
-                commit.remove_tree(f"{run.path}/{step}")
-            except FileNotFoundError:
-                _log.warning("step %d of %s was removed by somebody else", step, run.path)
-            except OSError as error:
-                # What cannot be deleted does not make the new checkpoint a failure.
-                _log.warning("step %d should go, and cannot be removed: %s", step, error)
-
-    def _steps_to_remove(self) -> list[int]:
-        """The checkpoints that need not stay, oldest first; the run no longer knows them."""
-        run, keep = self._run, self._retention
-        while True:
-            recorded = self._known_metrics()
-            chosen = keep.choose(recorded)
-            steps = (*run.older, *run.known)
-            doomed = [step for step in steps if step not in chosen and not keep.stays_for_good(step)]
-            if not doomed or all(map(run.is_checkpoint, chosen)):
-                break
-            run.take_stock()  # somebody else removed one that was to stay: others stay in its place
-        # Of a policy that counts, what is left of the others stays for good and need not be looked at again.
-        run.older.clear()
-        run.known = collections.deque(sorted(recorded.keys() - set(doomed) if keep.ranks else chosen))
-        return [step for step in doomed if run.is_checkpoint(step)]  # and whatever else has a step's name stays
-
-    def _known_metrics(self) -> Mapping[int, Mapping[str, Any]]:
-        """{step: what it recorded} of the steps that retention chooses among; the run is locked."""
-        run, keep = self._run, self._retention
-        if not keep.ranks:
-            run.know(keep.newest)
-            return dict.fromkeys(run.known, _NO_METRICS)
-        run.know(sys.maxsize)
-        return {step: run.metrics(step) for step in run.known}
+            prune(run, keep)
 
     # -------------------------------------------------------------- restoring
 
@@ -355,6 +336,7 @@ class CheckpointManager:
 
     # -------------------------------------------------------------- changing
 
+    @_one_at_a_time
     def record_metrics(self, step: int, metrics: Any) -> None:
         """Adds metrics that arrived after the save; retention looks again."""
         numbers = to_json_numbers(metrics)
@@ -369,10 +351,11 @@ class CheckpointManager:
         self._run.lock()
         try:
             self._run.record_metrics(step, numbers)
-            self._apply_retention()
+            prune(self._run, self._retention)
         except OSError as error:
             raise explain_os_error(error, f"recording metrics of {self._run.step_path(step)}") from error
 
+    @_one_at_a_time
     def rollback(self, step: int) -> None:
         """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""
         self.wait()
@@ -382,6 +365,7 @@ class CheckpointManager:
                 self._run.lock()
                 self._run.roll_back(step)
 
+    @_one_at_a_time
     def delete(self, step: int) -> None:
         """Removes a checkpoint. Raises CheckpointNotFoundError where there is none."""
         self.wait()
@@ -399,6 +383,11 @@ class CheckpointManager:
         if isinstance(self.checkpointer, AsyncCheckpointer):
             self.checkpointer.wait_until_finished()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in flight."""
+        return isinstance(self.checkpointer, AsyncCheckpointer) and self.checkpointer.is_saving
+
     def _raise_failure(self) -> None:
         if isinstance(self.checkpointer, AsyncCheckpointer):
             self.checkpointer.check_for_errors()
@@ -408,7 +397,8 @@ class CheckpointManager:
         try:
             self.checkpointer.close()
         finally:
-            self._run.unlock()
+            if not self.is_saving:  # or Ctrl-C has ended the wait, and the save goes on
+                self._run.unlock()
 
     def __enter__(self) -> Self:
         return self

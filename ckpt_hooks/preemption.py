@@ -6,6 +6,7 @@ signal handler. A second one ends the process at once.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -44,6 +45,7 @@ class PreemptionNotice:
         numbers = [number for number in _check_signals(signals) if not (passes_on and number == signal.SIGTERM)]
         handler = _Handler(self)
         self._finalizer = weakref.finalize(self, handler.uninstall)
+        _notices[next(_numbers)] = self
         if threading.current_thread() is not threading.main_thread():
             if numbers:
                 _log.warning(
@@ -58,6 +60,20 @@ class PreemptionNotice:
         """Gives the signals back to whoever had them."""
         self.is_open = False
         self._finalizer()
+
+
+_numbers = itertools.count()
+_notices: weakref.WeakValueDictionary[int, PreemptionNotice] = weakref.WeakValueDictionary()  # the newest last
+
+
+def _close_in_child() -> None:
+    # A forked data-loading worker has no loop that would answer: it has to die of the SIGTERM by which `terminate()`
+    # and the end of the program stop it, or whoever joins it waits for ever.
+    for notice in reversed(list(_notices.values())):
+        notice.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class _Handler:
@@ -113,4 +129,4 @@ def _check_signals(signals: Iterable[signal.Signals | int]) -> list[int]:
                 f"preemption_signals: {number!r} is no signal that a process can listen to; give some of the "
                 "`signal` module, such as signal.SIGTERM"
             )
-    return [int(number) for number in numbers]
+    return [int(number) for number in dict.fromkeys(numbers)]  # named twice, the first signal would be the second

@@ -159,7 +159,7 @@ def steps_to_keep(policies: Iterable[RetentionPolicy], metrics: Mapping[int, Met
         return set(metrics)
     kept = {max(metrics)}
     for policy in policies:
-        kept |= policy.keep(metrics)
+        kept |= policy.keep(metrics) & metrics.keys()  # a policy of the user's may name steps that are still to come
         if isinstance(policy, BestN) and not any(policy.metric in recorded for recorded in metrics.values()):
             # Nobody has recorded the metric yet: what may turn out to be the best must not go.
             return set(metrics)

@@ -76,7 +76,7 @@ class RunDirectory:
         self.flax_newest = -1  # of Flax's own steps, when the directory was last listed
         self.is_locked = False
         self._listing = Listing(self.path)
-        self._lock: commit.DirectoryLock | None = None
+        self.writer_lock: commit.DirectoryLock | None = None
         self._warned: set[str] = set()
         self.recorded: dict[int, Mapping[str, Any]] = {}  # what steps recorded, where it was asked for
 
@@ -230,19 +230,24 @@ class RunDirectory:
 
         Raises RunLockedError where another writer lives, UnwritableDirectoryError where nobody may write.
         """
-        if self._lock is not None:
+        if self.writer_lock is not None and self.writer_lock.is_of(self.path):
             return
+        self.unlock()  # of a directory that has been removed or renamed, or in a process that was forked
         try:
             commit.make_parents(self.path)
         except OSError as error:
             raise explain_os_error(error, f"cannot make directory {self.path}") from error
         lock = commit.DirectoryLock(self.path)
+        self.recorded.clear()  # until now, others may have recorded metrics
         try:
             self._clear_up()
         except BaseException:
             lock.release()  # at once: whoever keeps the error would keep the run locked
             raise
-        self._lock, self.is_locked = lock, True  # not before: who cannot list a run does not take it for an empty one
+        self.writer_lock, self.is_locked = (
+            lock,
+            True,
+        )  # not before: who cannot list a run does not take it for an empty one
 
     def _clear_up(self) -> None:
         names = self._listing.names()
@@ -253,9 +258,9 @@ class RunDirectory:
         self.take_stock(names)
 
     def unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        if self.writer_lock is not None:
+            self.writer_lock.release()
+            self.writer_lock = None
             self.is_locked = False
 
     def take_stock(self, names: Names | None = None) -> None:

@@ -242,6 +242,25 @@ def test_events_tell_start_success_and_failure(
         checkpointer.check_for_errors()
 
 
+def test_a_listener_that_fails_hides_no_failure(
+    tmp_path: Path, handler: GatedHandler, checkpointer: AsyncCheckpointer
+) -> None:
+    """A save has failed, and so does what is told of it: the next call raises the save's failure all the same."""
+
+    def on_event(event: str, **details: str | int) -> None:
+        if event.endswith("write/failure"):
+            raise RuntimeError("the metrics server is gone")
+
+    jax.monitoring.register_event_listener(on_event)
+    try:
+        fail_once(checkpointer, tmp_path / "c")
+    finally:
+        jax.monitoring.unregister_event_listener(on_event)
+    with pytest.raises(errors.SaveFailedError, match="the disk is on fire"):
+        checkpointer.wait_until_finished()
+    assert os.listdir(tmp_path) == []
+
+
 # ------------------------------------------------------------------ staging: the state at the time of the call
 
 

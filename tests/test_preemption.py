@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import ckpt_hooks
-from ckpt_hooks import CheckpointHook, CheckpointManager, Preempted
+from ckpt_hooks import BestN, CheckpointHook, CheckpointManager, LatestN, Preempted
 from ckpt_hooks.errors import SaveFailedError
 from ckpt_hooks.storage import commit
 from tests.faulty import fail
@@ -226,6 +226,67 @@ def test_sigkill_at_random_moments_loses_nothing_that_was_acknowledged(train: Ca
         np.testing.assert_array_equal(manager.restore(step=step)["w"], np.full(1000, float(step)))
 
 
+# A loop that is fed by a worker which knows nothing of signals, forked when the hook listens already.
+FEEDING = """
+import multiprocessing, os, signal, sys
+import numpy as np
+from ckpt_hooks import CheckpointHook
+
+def feed(queue):
+    while True:
+        queue.put(np.zeros(3))
+
+with CheckpointHook(sys.argv[1], every_n_steps=2) as hook:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue(2)
+    context.Process(target=feed, args=(queue,), daemon=True).start()
+    for step in range(1, 6):
+        if step == 4 and sys.argv[2] == "asked":
+            os.kill(os.getpid(), signal.SIGTERM)
+        hook(step, {"w": queue.get()})
+print("after the loop", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("plain", 0), ("asked", 143)])
+def test_a_forked_worker_ends_with_the_program(tmp_path: Path, mode: str, expected: int) -> None:
+    """A worker forked under the hook dies of the SIGTERM that its parent sends, so that the parent can end."""
+    training = Training(tmp_path, mode, script=FEEDING)
+    code, errors = training.end()
+    assert code == expected, errors
+    assert CheckpointManager(tmp_path).latest_step() == 4
+
+
+# Ends its loop with a commit under way that takes a second, and is asked to stop meanwhile.
+CLOSING = """
+import os, signal, sys, threading, time
+import numpy as np
+from ckpt_hooks import CheckpointHook
+from ckpt_hooks.storage import commit
+
+publish = commit.publish
+
+def publish_slowly(*args, **options):
+    time.sleep(0.5)  # until the hook closes, and waits for this
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    publish(*args, **options)
+
+commit.publish = publish_slowly
+with CheckpointHook(sys.argv[1], every_n_steps=1) as hook:
+    hook(1, {"w": np.zeros(3)})
+    hook.close = lambda close=hook.close: (close(), print("closed", flush=True))
+"""
+
+
+def test_a_signal_while_the_hook_closes_loses_nothing(tmp_path: Path) -> None:
+    """The hook listens until the save in flight is committed."""
+    training = Training(tmp_path, script=CLOSING)
+    code, errors = training.end()
+    assert (code, training.rows) == (0, ["closed"]), errors
+    assert CheckpointManager(tmp_path).steps() == [1]
+
+
 # ------------------------------------------------------------------ in this process
 
 
@@ -342,6 +403,25 @@ def test_a_preemption_whose_save_fails_is_loud(tmp_path: Path, heard: list[int])
         terminate()
         with pytest.raises(OSError, match="run"):
             hook(1, state_at(1))
+
+
+def test_the_last_save_needs_no_metrics(tmp_path: Path, heard: list[int]) -> None:
+    """Where nobody has recorded yet what `BestN` ranks by, the save that answers a preemption is made all the same."""
+    keep = [LatestN(5), BestN(1, "accuracy", mode="max")]
+    with CheckpointHook(tmp_path, every_n_steps=2, keep=keep) as hook:
+        for step in (2, 4):
+            hook(step, state_at(step))
+        terminate()
+        with pytest.raises(Preempted):
+            hook(5, state_at(5))
+    assert CheckpointManager(tmp_path).steps() == [2, 4, 5]
+
+
+def test_a_signal_that_is_named_twice_is_one(tmp_path: Path, heard: list[int]) -> None:
+    """The first one is noted, and the second one would end the process."""
+    with CheckpointHook(tmp_path, preemption_signals=[signal.SIGTERM, signal.SIGTERM, 15]) as hook:
+        terminate()
+        assert hook.preempted and heard == [signal.SIGTERM]
 
 
 def test_save_on_preemption_false_leaves_the_signals_alone(tmp_path: Path, heard: list[int]) -> None:

@@ -212,3 +212,13 @@ def test_a_policy_of_ones_own_is_used() -> None:
             return {step for step in metrics if step % 2}
 
     assert steps_to_keep(check_policies(OddSteps()), {1: {}, 2: {}, 3: {}, 4: {}}) == {1, 3, 4}
+
+
+def test_a_policy_may_name_steps_that_are_still_to_come() -> None:
+    """Of what a policy says, only steps that there are count."""
+
+    class Milestones:
+        def keep(self, metrics: Mapping[int, Mapping[str, object]]) -> set[int]:
+            return {2, 1000}
+
+    assert steps_to_keep(check_policies([LatestN(1), Milestones()]), {1: {}, 2: {}, 3: {}}) == {2, 3}

@@ -27,6 +27,7 @@ from ckpt_hooks.storage.foreign import ForeignArrays
 from ckpt_hooks.storage.memory import host_bytes
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.temporary_paths import require_free_bytes
+from ckpt_hooks.threads import run_parallel
 from tests.faulty import fail
 
 Arrays = dict[str, np.ndarray]
@@ -412,14 +413,14 @@ def test_a_failing_write_is_raised_and_closes_the_file(tmp_path: Path, monkeypat
 def test_tasks_all_run_and_the_first_error_is_raised() -> None:
     """Every task runs once; with an error, no task begins after it, and it is raised."""
     done: list[int] = []
-    commit.run_parallel([lambda i=i: done.append(i) for i in range(50)], 4)  # type: ignore[misc]
+    run_parallel([lambda i=i: done.append(i) for i in range(50)], 4)  # type: ignore[misc]
     assert sorted(done) == list(range(50))
 
     def fail() -> None:
         raise ValueError("this one")
 
     with pytest.raises(ValueError, match="this one"):
-        commit.run_parallel([fail, *([lambda: time.sleep(0.001)] * 5)], 2)
+        run_parallel([fail, *([lambda: time.sleep(0.001)] * 5)], 2)
 
 
 def test_without_new_threads_this_one_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +431,7 @@ def test_without_new_threads_this_one_does_the_work(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     done: list[int] = []
-    commit.run_parallel([lambda i=i: done.append(i) for i in range(5)], 4)  # type: ignore[misc]
+    run_parallel([lambda i=i: done.append(i) for i in range(5)], 4)  # type: ignore[misc]
     assert done == list(range(5))
 
 

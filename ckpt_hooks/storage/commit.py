@@ -16,12 +16,12 @@ import logging
 import os
 import shutil
 import stat
-import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from ckpt_hooks.errors import RunLockedError, explain_os_error
 from ckpt_hooks.storage.lookup import is_directory, is_named, is_there
+from ckpt_hooks.threads import run_parallel
 
 __all__ = [
     "COMMIT_MARKER",
@@ -37,7 +37,6 @@ __all__ = [
     "remove_tree",
     "rename",
     "replace_file",
-    "run_parallel",
     "start_writeback",
     "sync_directory",
     "sync_file",
@@ -116,46 +115,6 @@ def replace_file(path: str, data: bytes | str, *, durable: bool = True, scratch:
         with contextlib.suppress(OSError):
             remove_tree(temporary)
         raise explain_os_error(error, f"cannot write {path}") from error
-
-
-def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
-    """Runs the tasks on this thread and `num_threads - 1` others; raises the first error."""
-    remaining = iter(tasks)
-    lock = threading.Lock()
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        while not errors:
-            with lock:
-                task = next(remaining, None)
-            if task is None:
-                return
-            try:
-                task()
-            except BaseException as error:
-                errors.append(error)
-
-    def work_until(done: threading.Event) -> None:
-        work()
-        done.set()
-
-    ends = []
-    for _ in range(num_threads - 1):
-        end = threading.Event()
-        try:
-            threading.Thread(target=work_until, args=(end,), name="ckpt_hooks-io").start()
-        except RuntimeError:  # the interpreter is ending: a save in flight commits all the same, more slowly
-            break
-        ends.append(end)
-    work()
-    for end in ends:
-        while not end.is_set():  # not join(), which in Python 3.11 takes a thread for ended if Ctrl-C interrupts it
-            try:
-                end.wait()
-            except BaseException as error:  # Ctrl-C: no thread may outlive the file that it writes to
-                errors.append(error)
-    if errors:
-        raise errors[0]
 
 
 # ------------------------------------------------------------------ durability
@@ -367,22 +326,30 @@ class DirectoryLock:
     """
 
     def __init__(self, path: str) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
+        _held_locks.add(self)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held_by_another = not self.is_of(path)  # who had it before has put another directory there, his own
         except OSError as error:
-            holder = _lock_holder(descriptor)
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            is_held_by_another = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            if not is_held_by_another:
                 _log.warning("%s: this file system has no locks (%s); make sure of one writer", path, error)
-                self._finalizer: Callable[[], object] = lambda: None
-                return
+        if is_held_by_another:
+            holder = _lock_holder(self._descriptor)
+            self.release()
             raise RunLockedError(
                 f"{path}: {holder} is writing here. Two writers would mix their checkpoints: wait until it "
                 "ends, close its manager or hook, or choose another directory. Reading needs no lock."
-            ) from None
-        self._finalizer = weakref.finalize(self, os.close, descriptor)
-        _held_locks.add(self)
+            )
+
+    def is_of(self, path: str) -> bool:
+        """Whether it is held, and what is at `path` now is still the directory that it was taken on."""
+        try:
+            return self._finalizer.alive and os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def release(self) -> None:
         """Gives the lock back; may be called twice."""

@@ -20,10 +20,10 @@ import numpy as np
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.checksums import ArrayChecksums
-from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.layout import DataFile, Layout, Place, add_index
 from ckpt_hooks.storage.memory import Bytes, aligned_memory
 from ckpt_hooks.storage.writer import ArrayWriter, Sources
+from ckpt_hooks.threads import run_parallel
 
 __all__ = ["ZSTD", "CompressingWriter", "decompress_into", "decompressed"]
 

@@ -18,11 +18,11 @@ import google_crc32c
 import numpy as np
 
 from ckpt_hooks.errors import CorruptCheckpointError
-from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompress_into
 from ckpt_hooks.storage.lookup import open_to_read
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, fill, host_bytes
 from ckpt_hooks.storage.values import Place
+from ckpt_hooks.threads import run_parallel
 
 __all__ = ["DirectValue", "Form", "read_direct"]
 

@@ -19,13 +19,13 @@ from ckpt_hooks.errors import CorruptCheckpointError, PartialCheckpointError
 from ckpt_hooks.storage import ocdbt
 from ckpt_hooks.storage.array_info import ArrayInfo, Stored
 from ckpt_hooks.storage.checksums import ARRAY_FILE, ItemChecksums, PieceTable, check_piece
-from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.compression import decompressed
 from ckpt_hooks.storage.layout import ALIGNMENT_BYTES, array_key
 from ckpt_hooks.storage.lookup import is_file, open_to_read, read_file
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, fill
 from ckpt_hooks.storage.regions import Overlap, Region, overlaps, shape_of, whole
 from ckpt_hooks.storage.slices import Slice, slice_tasks
+from ckpt_hooks.threads import run_parallel
 
 __all__ = ["Database"]
 

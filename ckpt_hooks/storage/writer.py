@@ -22,9 +22,9 @@ import numpy as np
 
 from ckpt_hooks.storage import commit, ocdbt
 from ckpt_hooks.storage.checksums import PIECE, ArrayChecksums, digest
-from ckpt_hooks.storage.commit import run_parallel
 from ckpt_hooks.storage.layout import SMALL_CHUNK_BYTES, Block, DataFile, Layout
 from ckpt_hooks.storage.memory import Bytes, aligned_memory, host_bytes
+from ckpt_hooks.threads import run_parallel
 
 __all__ = ["ArrayWriter", "HostMemory", "Sources"]
 
