@@ -78,7 +78,9 @@ ANSWERS = {
 }
 DURABILITY = frozenset({"fsync", "fdatasync", "sync_file", "sync_directory", "sync_tree"})
 # `if ...: raise` in these files; elsewhere a guard protects an argument and not a checkpoint.
-GUARDED = re.compile(r"storage/(?!foreign)|temporary_paths|checkpointer|manager|run|restoring|reading|loading|matching|threads")
+GUARDED = re.compile(
+    r"storage/(?!foreign)|temporary_paths|checkpointer|manager|run|restoring|reading|loading|matching|threads"
+)
 
 
 # {mutation: why nobody could tell that it is gone}
