@@ -544,6 +544,46 @@ def test_plain_files_are_no_items(tmp_path: Path) -> None:
         assert checkpointer.metadata(tmp_path / "c").item_metadata.keys() == {"a"}
 
 
+def test_what_a_handler_has_saved_by_itself_it_restores(tmp_path: Path) -> None:
+    """Without a checkpointer, and so without checksums, a handler restores and describes what it has finalized."""
+    handler = CompositeCheckpointHandler()
+    handler.save(epath.Path(tmp_path), args.Composite(a=args.StandardSave({"w": np.arange(3)}), b=args.JsonSave(1)))
+    handler.finalize(epath.Path(tmp_path))
+    restored = handler.restore(epath.Path(tmp_path))
+    np.testing.assert_array_equal(restored.a["w"], np.arange(3))
+    assert restored.b == 1
+    assert handler.restore(epath.Path(tmp_path), args.Composite(b=args.JsonRestore())) == args.Composite(b=1)
+    assert handler.metadata(epath.Path(tmp_path)).a["w"].shape == (3,)
+
+
+def test_an_item_may_be_a_composite(tmp_path: Path) -> None:
+    """The items of a composite inside another are saved, restored and described."""
+    save(tmp_path / "c", inner=args.Composite(a=args.StandardSave({"w": np.arange(3)}), b=args.JsonSave(1)))
+    wanted = args.Composite(a=args.StandardRestore(), b=args.JsonRestore())
+    restored = restore(tmp_path / "c", inner=wanted).inner
+    np.testing.assert_array_equal(restored.a["w"], np.arange(3))
+    assert restored.b == 1
+    metadata = Checkpointer(CompositeCheckpointHandler()).metadata(tmp_path / "c").item_metadata
+    assert metadata.inner.a["w"].shape == (3,)
+
+
+def test_damage_in_a_composite_inside_another_is_noticed(tmp_path: Path) -> None:
+    """The checksums of a checkpoint cover the items inside its items."""
+    save(tmp_path / "c", inner=args.Composite(b=args.JsonSave(1)))
+    (tmp_path / "c" / "inner" / "b" / "metadata").write_text("2")
+    with pytest.raises(errors.CorruptCheckpointError, match="inner/b"):
+        restore(tmp_path / "c", inner=args.Composite(b=args.JsonRestore()))
+
+
+def test_a_checkpoint_that_has_lost_its_checksums_is_damaged(tmp_path: Path) -> None:
+    """Without them, a checkpoint of ours is not taken for what a handler has saved by itself."""
+    save(tmp_path / "c", a=args.StandardSave({"w": np.arange(3)}))
+    (tmp_path / "c" / "_CHECKSUMS").unlink()
+    for call in (restore, lambda path: Checkpointer(CompositeCheckpointHandler()).metadata(path)):
+        with pytest.raises(errors.CorruptCheckpointError, match="_CHECKSUMS is missing"):
+            call(tmp_path / "c")
+
+
 def test_swapped_item_is_noticed(tmp_path: Path) -> None:
     """A whole item swapped in from another checkpoint is a CorruptCheckpointError."""
     for step in ("1", "2"):

@@ -248,8 +248,8 @@ class CompositeCheckpointHandler(CheckpointHandler):
 
     def restore(self, directory: epath.Path, args: CompositeArgs | None = None) -> CompositeArgs:
         """The items asked for, or all of them."""
-        checksums = FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE)
         recorded = self._recorded_handlers(directory, asks_for_all=not args)
+        checksums = _checksums_of(directory, recorded)
         saved = sorted({*_present_items(directory, recorded, checksums), *(checksums.items() if checksums else ())})
         wanted = dict.fromkeys(saved) if args is None or not len(args) else dict(args.items())
         results = {}
@@ -308,7 +308,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         if not is_directory(directory):
             raise CheckpointNotFoundError(f"there is no checkpoint at {directory}")
         recorded = self._recorded_handlers(directory)
-        present = _present_items(directory, recorded, FileChecksums.of_checkpoint(os.fspath(directory), METADATA_FILE))
+        present = _present_items(directory, recorded, _checksums_of(directory, recorded))
         return CompositeArgs(**{name: self._item_metadata(directory / name, recorded.get(name)) for name in present})
 
     def _item_metadata(self, path: epath.Path, recorded: str | None) -> Any:
@@ -400,6 +400,12 @@ def _can_name_a_directory(name: str) -> bool:
         return len(os.fsencode(name)) <= _MAX_NAME_NBYTES
     except UnicodeEncodeError:  # half a character
         return False
+
+
+def _checksums_of(directory: epath.Path, recorded: Mapping[str, str]) -> FileChecksums | None:
+    """Those of a checkpoint; the items that a handler has saved by itself, or inside another item, have none here."""
+    path = os.fspath(directory)
+    return FileChecksums.of_checkpoint(path, METADATA_FILE) if recorded else FileChecksums.read(path)
 
 
 def _present_items(directory: epath.Path, recorded: Mapping[str, str], checksums: FileChecksums | None) -> list[str]:
