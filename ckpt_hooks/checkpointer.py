@@ -23,7 +23,7 @@ from ckpt_hooks.agreement import OperationBarriers, Together
 from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.claims import save_claim
 from ckpt_hooks.errors import CheckpointError, InvalidArgumentError, SaveFailedError, explain_os_error
-from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, stage_with
+from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, method_of
 from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
 from ckpt_hooks.loud_exit import untold
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, check_custom_metadata, metadata_store
@@ -110,9 +110,9 @@ class Checkpointer:
         self._is_others = None if self._is_alone else functools.partial(is_of_another, rank)
         self._barrier_prefix = together.key("")
         self._barriers = functools.lru_cache(2)(functools.partial(OperationBarriers, options=together))
-        self._stage = getattr(self._handler, "stage", None) or functools.partial(stage_with, self._handler)
+        self._stage, self._finalize = method_of(self._handler, "stage"), method_of(self._handler, "finalize")
         self._recorded_name = recorded_name(self._handler)
-        getattr(self._handler, "take_part", lambda options: None)(together)
+        method_of(self._handler, "take_part")(together)
         self.failure: SaveFailedError | None = None
         self.last_save_secs = 0.0  # from the call to the commit; of the last one that was committed
         events.record_event(events.CHECKPOINTER_INIT)
@@ -246,7 +246,7 @@ class Checkpointer:
         events.record_duration_secs(events.WRITE_TOTAL_SECS, self.last_save_secs)
 
     def _commit(self, temporary: TemporaryPath) -> None:
-        self._handler.finalize(temporary.get())
+        self._finalize(temporary.get())
         temporary.finalize()
         if temporary.recorded:  # the class has a `finalize` of its own, which has not written them
             if not is_directory(temporary.get_final()):
@@ -306,7 +306,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Closes the handler and the metadata store."""
-        self._handler.close()
+        method_of(self._handler, "close")()
         self._store.close()
 
     def __enter__(self) -> Self:

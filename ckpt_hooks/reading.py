@@ -14,7 +14,7 @@ from etils import epath
 
 from ckpt_hooks import events
 from ckpt_hooks.errors import CheckpointError, CheckpointNotFoundError
-from ckpt_hooks.handlers.base import CheckpointArgs
+from ckpt_hooks.handlers.base import CheckpointArgs, method_of
 from ckpt_hooks.handlers.composite import CompositeCheckpointHandler
 from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
@@ -52,7 +52,7 @@ def describe_checkpoint(handler: Any, path: epath.Path) -> StepMetadata:
     """The step metadata of `path`, with what `handler` tells of its items."""
     metadata = read_step_metadata(os.fspath(path)) or StepMetadata()
     try:
-        items = handler.metadata(path)
+        items = method_of(handler, "metadata")(path)
     except (FileNotFoundError, NotImplementedError, ValueError, TypeError) as error:
         if isinstance(handler, CompositeCheckpointHandler):
             raise

@@ -432,6 +432,35 @@ def test_users_handlers_in_a_composite(tmp_path: Path, kind: type[Checkpointer])
     np.testing.assert_array_equal(everything.tree["w"], [0, 1])
 
 
+class BareHandler:
+    """Has nothing but what a handler must have, and derives from nothing of ours."""
+
+    def save(self, directory: epath.Path, args: Any) -> None:
+        (directory / "text").write_text(args.text)
+
+    def restore(self, directory: epath.Path, args: Any = None) -> str:
+        return (directory / "text").read_text()
+
+
+@register_with_handler(BareHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class BareArgs(CheckpointArgs):
+    text: str = ""
+
+
+@pytest.mark.parametrize("kind", [Checkpointer, AsyncCheckpointer])
+def test_a_handler_needs_only_save_and_restore(tmp_path: Path, kind: type[Checkpointer]) -> None:
+    """A handler without `metadata`, `finalize` and `close` tells nothing and is not asked, alone or as an item."""
+    with kind(BareHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "alone", BareArgs("a"))
+        assert checkpointer.restore(tmp_path / "alone") == "a"
+        assert checkpointer.metadata(tmp_path / "alone").item_metadata is None
+    with kind(CompositeCheckpointHandler(given=BareHandler())) as checkpointer:
+        checkpointer.save(tmp_path / "items", args.Composite(given=BareArgs("b"), found=BareArgs("c")))
+        assert checkpointer.restore(tmp_path / "items") == args.Composite(given="b", found="c")
+        assert checkpointer.metadata(tmp_path / "items").item_metadata == args.Composite(given=None, found=None)
+
+
 def test_futures_are_waited_for_in_the_background(tmp_path: Path, futures_handler: FuturesHandler) -> None:
     """`save` returns while an asynchronous handler's futures still run; the commit waits for all of them."""
     futures_handler.gate.clear()

@@ -31,9 +31,9 @@ __all__ = [
     "get_registered_args_cls",
     "get_registered_handler_cls",
     "has_registered_args",
+    "method_of",
     "recognize_handler",
     "register_with_handler",
-    "stage_with",
     "typestr_of",
 ]
 
@@ -119,13 +119,12 @@ class CheckpointHandler(abc.ABC):
         return False
 
 
-# ------------------------------------------------------------------ staging any handler
+# ------------------------------------------------------------------ what a handler need not define
 
 
-def stage_with(handler: Any, args: Any) -> StagedSave:
-    """`stage` of a handler that has it, and the same in effect for one that has not."""
-    stage = getattr(handler, "stage", None)
-    return stage(args) if stage is not None else _stage_by_saving(handler, args)
+def method_of(handler: Any, name: str) -> Any:
+    """A method of a handler; of one that does not derive from `CheckpointHandler` and lacks it, what that one does."""
+    return getattr(handler, name, None) or functools.partial(getattr(CheckpointHandler, name), handler)
 
 
 def _stage_by_saving(handler: Any, args: Any) -> StagedSave:

@@ -27,9 +27,9 @@ from ckpt_hooks.handlers.base import (
     get_registered_args_cls,
     get_registered_handler_cls,
     has_registered_args,
+    method_of,
     recognize_handler,
     register_with_handler,
-    stage_with,
 )
 from ckpt_hooks.handlers.legacy import recorded_name, wrap_legacy
 from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler, handler_on_disk
@@ -165,7 +165,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         self._options = dataclasses.replace(self._options, multiprocessing_options=options)
         known = [pinned.handler for pinned in self._handlers.values() if pinned is not None]
         for handler in [*known, *(self._registry.get_all_entries().values() if self._registry else ())]:
-            getattr(handler, "take_part", _stay_out)(options)
+            method_of(handler, "take_part")(options)
 
     # -------------------------------------------------------------- saving
 
@@ -315,7 +315,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         try:
             pinned = self._handlers.get(path.name)
             handler = pinned.handler if pinned else self._handler_on_disk(path, recorded, False)
-            return handler.metadata(path)
+            return method_of(handler, "metadata")(path)
         except (InvalidArgumentError, NotImplementedError):
             return None
 
@@ -329,7 +329,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         if pinned is None or registered not in (None, pinned.handler):
             handler = registered or build_handler(get_registered_handler_cls(args))
             pinned = self._handlers[name] = _Handler(handler)
-            getattr(handler, "take_part", _stay_out)(self._options.multiprocessing_options)
+            method_of(handler, "take_part")(self._options.multiprocessing_options)
         if registered is None and type(args) not in pinned.args_classes:
             raise InvalidArgumentError(
                 f"item {name!r}: {type(args).__qualname__} does not match with any registered handler; the item is "
@@ -358,7 +358,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
     def close(self) -> None:
         for pinned in self._handlers.values():
             if pinned is not None:
-                pinned.handler.close()
+                method_of(pinned.handler, "close")()
 
 
 class _Handler:
@@ -366,15 +366,11 @@ class _Handler:
 
     def __init__(self, handler: Any) -> None:
         self.handler = handler
-        self.stage = getattr(handler, "stage", None) or functools.partial(stage_with, handler)
+        self.stage = method_of(handler, "stage")
         self.args_classes = get_registered_args_cls(handler) if has_registered_args(handler) else ()
         self.recorded_name = recorded_name(handler)
         inherited = getattr(type(handler), "finalize", None) is CheckpointHandler.finalize
         self.finalize = None if inherited else getattr(handler, "finalize", None)
-
-
-def _stay_out(options: MultiprocessingOptions) -> None:
-    """`take_part` of handlers that have none."""
 
 
 def _check_item(name: str, args: Any) -> None:

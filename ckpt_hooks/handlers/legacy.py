@@ -11,6 +11,7 @@ from ckpt_hooks.handlers.base import (
     CheckpointHandler,
     StagedSave,
     has_registered_args,
+    method_of,
     register_with_handler,
     typestr_of,
 )
@@ -35,17 +36,13 @@ class LegacyHandler(CheckpointHandler):
         return StagedSave(write=lambda directory: None, begin=lambda directory: self.save(directory, args))
 
     def metadata(self, directory: epath.Path) -> Any:
-        if not hasattr(self.wrapped, "metadata"):
-            raise NotImplementedError(f"{type(self.wrapped).__name__} describes no metadata")
-        return self.wrapped.metadata(directory)
+        return method_of(self.wrapped, "metadata")(directory)
 
     def finalize(self, directory: epath.Path) -> None:
-        if hasattr(self.wrapped, "finalize"):
-            self.wrapped.finalize(directory)
+        method_of(self.wrapped, "finalize")(directory)
 
     def close(self) -> None:
-        if hasattr(self.wrapped, "close"):
-            self.wrapped.close()
+        method_of(self.wrapped, "close")()
 
 
 class LegacyArgs(CheckpointArgs):
