@@ -30,6 +30,7 @@ from ckpt_hooks import (
     errors,
     register_with_handler,
 )
+from ckpt_hooks.temporary_paths import NestedTemporaryPath
 
 MARKER = "commit_success.txt"
 
@@ -400,6 +401,32 @@ def test_what_cannot_be_saved_is_refused_first(tmp_path: Path, items: dict[str, 
     with pytest.raises(error, match=r"'a'|no items|UnregisteredArgs"):
         save(tmp_path / "c", **items)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["given", "registered"])
+def test_items_are_committed_in_the_order_of_the_registry(tmp_path: Path, form: str) -> None:
+    """Items are committed in the order in which handlers are given or registered, and the others as first used."""
+    committed = []
+
+    class Noting(NestedTemporaryPath):
+        def finalize(self) -> None:
+            committed.append(self.get_final().name)
+            super().finalize()
+
+    options = CompositeOptions(temporary_path_class=Noting)
+    if form == "given":
+        handler = CompositeCheckpointHandler(
+            "x", "w", composite_options=options, z=LabelHandler("1"), b=LabelHandler("2")
+        )
+    else:
+        registry = DefaultCheckpointHandlerRegistry()
+        registry.add("z", LabelSave, LabelHandler("1"))
+        registry.add("b", LabelSave, LabelHandler("2"))
+        registry.add(None, LabelSave, LabelHandler("3"))
+        handler = CompositeCheckpointHandler(composite_options=options, handler_registry=registry)
+    save(tmp_path / "1", handler, x=LabelSave())
+    save(tmp_path / "2", handler, **{name: LabelSave() for name in ("a", "b", "w", "x", "z")})
+    assert committed == ["x", "z", "b", "x", "a", "w"]
 
 
 def test_finalize_without_items() -> None:

@@ -155,15 +155,14 @@ class CompositeCheckpointHandler(CheckpointHandler):
             raise InvalidArgumentError("give a handler_registry, or items and handlers, not both")
         self._options = composite_options or CompositeOptions()
         self._registry = handler_registry
-        self._handlers: dict[str, _Handler | None] = {
-            name: None if handler is None else _Handler(wrap_legacy(handler))
-            for name, handler in {**dict.fromkeys(item_names), **items_and_handlers}.items()
-        }
+        self._registered_items = [name for name, _ in handler_registry.get_all_entries()] if handler_registry else []
+        given = {name: handler for name, handler in items_and_handlers.items() if handler is not None}
+        self._handlers = {name: _Handler(wrap_legacy(handler)) for name, handler in given.items()}
         self._unfinished: dict[str, TemporaryPath] = {}
 
     def take_part(self, options: MultiprocessingOptions) -> None:
         self._options = dataclasses.replace(self._options, multiprocessing_options=options)
-        known = [pinned.handler for pinned in self._handlers.values() if pinned is not None]
+        known = [pinned.handler for pinned in self._handlers.values()]
         for handler in [*known, *(self._registry.get_all_entries().values() if self._registry else ())]:
             method_of(handler, "take_part")(options)
 
@@ -233,16 +232,16 @@ class CompositeCheckpointHandler(CheckpointHandler):
         staged.write(directory)
 
     def finalize(self, directory: epath.Path) -> None:
-        """Commits the items one after another, each with its own marker."""
+        """Commits the items one after another, each with its own marker: as registered or given, then by first use."""
         if not self._unfinished:
             raise InvalidArgumentError("finalize() called before any items were saved")
         unfinished, self._unfinished = self._unfinished, {}
-        for name, path in unfinished.items():
-            handler = self._handlers[name]
-            assert handler is not None, "what was staged is pinned"
-            if handler.finalize is not None:
-                handler.finalize(path.get())
-            path.finalize()
+        order = dict.fromkeys([*self._registered_items, *self._handlers])  # each where it is first
+        for name in [name for name in order if name in unfinished]:
+            finalize = self._handlers[name].finalize
+            if finalize is not None:
+                finalize(unfinished[name].get())
+            unfinished[name].finalize()
 
     # -------------------------------------------------------------- restoring
 
@@ -351,14 +350,13 @@ class CompositeCheckpointHandler(CheckpointHandler):
             for (name, _), handler in self._registry.get_all_entries().items():
                 if name == path.name:
                     return handler
-        if asked and path.name not in self._handlers and recorded is None and not recognize_handler(os.fspath(path)):
+        if asked and recorded is None and not recognize_handler(os.fspath(path)):
             raise InvalidArgumentError(f"item {path.name!r}: give its args, since its handler is not known")
         return handler_on_disk(os.fspath(path), recorded)
 
     def close(self) -> None:
         for pinned in self._handlers.values():
-            if pinned is not None:
-                method_of(pinned.handler, "close")()
+            method_of(pinned.handler, "close")()
 
 
 class _Handler:
