@@ -24,7 +24,7 @@ from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.claims import save_claim
 from ckpt_hooks.errors import CheckpointError, InvalidArgumentError, SaveFailedError, explain_os_error
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, method_of
-from ckpt_hooks.handlers.legacy import LegacyHandler, recorded_name, wrap_legacy
+from ckpt_hooks.handlers.legacy import recorded_name, unwrapped, wrap_legacy
 from ckpt_hooks.loud_exit import untold
 from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, check_custom_metadata, metadata_store
 from ckpt_hooks.own_files import is_of_another
@@ -289,7 +289,7 @@ class Checkpointer:
     @property
     def handler(self) -> Any:
         """The handler as it was given."""
-        return self._handler.wrapped if isinstance(self._handler, LegacyHandler) else self._handler
+        return unwrapped(self._handler)
 
     def get_temporary_path(self, directory: Any) -> TemporaryPath:
         """Where a checkpoint for `directory` is written before it is committed; nothing is created."""

@@ -296,6 +296,28 @@ def test_pinned_handler_is_one_instance(tmp_path: Path) -> None:
     assert handler.closed == 1
 
 
+def test_every_handler_is_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing closes what was given, registered or built, for a save or a restore, each once, whatever it served."""
+    closed: list[LabelHandler] = []
+    monkeypatch.setattr(LabelHandler, "close", lambda handler: closed.append(handler))
+    save(tmp_path / "c", a=LabelSave(), b=LabelSave())
+
+    given = LabelHandler("given")
+    with Checkpointer(CompositeCheckpointHandler(a=given, c=given)) as checkpointer:
+        for _ in range(2):
+            assert checkpointer.restore(tmp_path / "c").keys() == {"a", "b"}  # builds one for b
+    assert [handler.label for handler in closed] == ["given", "default"]
+
+    closed.clear()
+    registry = DefaultCheckpointHandlerRegistry()
+    registry.add("a", LabelRestore, LabelHandler("restores"))
+    registry.add("c", LabelSave, LabelHandler("unused"))
+    with Checkpointer(CompositeCheckpointHandler(handler_registry=registry)) as checkpointer:
+        checkpointer.save(tmp_path / "d", args.Composite(a=LabelSave()))  # builds one
+        checkpointer.restore(tmp_path / "d", args.Composite(a=LabelRestore()))
+    assert sorted(handler.label for handler in closed) == ["default", "restores", "unused"]
+
+
 # ------------------------------------------------------------------ the registry
 
 

@@ -31,20 +31,15 @@ from ckpt_hooks.handlers.base import (
     recognize_handler,
     register_with_handler,
 )
-from ckpt_hooks.handlers.legacy import recorded_name, wrap_legacy
-from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler, handler_on_disk
+from ckpt_hooks.handlers.legacy import recorded_name, unwrapped, wrap_legacy
+from ckpt_hooks.handlers.registry import DefaultCheckpointHandlerRegistry, build_handler, handler_class_on_disk
 from ckpt_hooks.metadata import METADATA_FILE, read_step_metadata
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER, TMP_SUFFIX
 from ckpt_hooks.storage.lookup import is_directory
-from ckpt_hooks.temporary_paths import (
-    FileOptions,
-    NestedTemporaryPath,
-    TemporaryPath,
-    is_temporary,
-)
+from ckpt_hooks.temporary_paths import FileOptions, NestedTemporaryPath, TemporaryPath, is_temporary
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import is_it
 
@@ -154,16 +149,16 @@ class CompositeCheckpointHandler(CheckpointHandler):
         if handler_registry is not None and (item_names or items_and_handlers):
             raise InvalidArgumentError("give a handler_registry, or items and handlers, not both")
         self._options = composite_options or CompositeOptions()
-        self._registry = handler_registry
-        self._registered_items = [name for name, _ in handler_registry.get_all_entries()] if handler_registry else []
+        self._registry = handler_registry or DefaultCheckpointHandlerRegistry()
+        self._registered_items = [name for name, _ in self._registry.get_all_entries()]
         given = {name: handler for name, handler in items_and_handlers.items() if handler is not None}
         self._handlers = {name: _Handler(wrap_legacy(handler)) for name, handler in given.items()}
+        self._built: dict[tuple[str, type], Any] = {}  # handlers by item and class, where nobody gave one
         self._unfinished: dict[str, TemporaryPath] = {}
 
     def take_part(self, options: MultiprocessingOptions) -> None:
         self._options = dataclasses.replace(self._options, multiprocessing_options=options)
-        known = [pinned.handler for pinned in self._handlers.values()]
-        for handler in [*known, *(self._registry.get_all_entries().values() if self._registry else ())]:
+        for handler in self._all_handlers():
             method_of(handler, "take_part")(options)
 
     # -------------------------------------------------------------- saving
@@ -273,8 +268,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
     def _restore_item(self, path: epath.Path, args: Any, recorded: str | None, asked: bool) -> Any:
         name = path.name
         if args is None:
-            pinned = self._handlers.get(name)
-            handler = pinned.handler if pinned else self._handler_on_disk(path, recorded, asked)
+            handler = self._known_handler(path, recorded, asked)
             _, restore_cls = get_registered_args_cls(handler)
             try:
                 args = restore_cls()
@@ -312,9 +306,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
 
     def _item_metadata(self, path: epath.Path, recorded: str | None) -> Any:
         try:
-            pinned = self._handlers.get(path.name)
-            handler = pinned.handler if pinned else self._handler_on_disk(path, recorded, False)
-            return method_of(handler, "metadata")(path)
+            return method_of(self._known_handler(path, recorded, False), "metadata")(path)
         except (InvalidArgumentError, NotImplementedError):
             return None
 
@@ -326,7 +318,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
         pinned = self._handlers.get(name)
         registered = self._registered_handler(name, args)  # for these very args, so it goes before what is pinned
         if pinned is None or registered not in (None, pinned.handler):
-            handler = registered or build_handler(get_registered_handler_cls(args))
+            handler = registered or self._build(name, get_registered_handler_cls(args))
             pinned = self._handlers[name] = _Handler(handler)
             method_of(handler, "take_part")(self._options.multiprocessing_options)
         if registered is None and type(args) not in pinned.args_classes:
@@ -337,26 +329,37 @@ class CompositeCheckpointHandler(CheckpointHandler):
         return pinned
 
     def _registered_handler(self, name: str, args: CheckpointArgs) -> Any:
-        if self._registry is None:
-            return None
         try:
             return self._registry.get(name, args)
         except HandlerNotFoundError:
             return None  # the args class itself may have a handler
 
-    def _handler_on_disk(self, path: epath.Path, recorded: str | None, asked: bool) -> Any:
-        """The handler of an item that nobody named one for: by the registry, its recorded name, or its files."""
-        if self._registry is not None:
-            for (name, _), handler in self._registry.get_all_entries().items():
-                if name == path.name:
-                    return handler
+    def _known_handler(self, path: epath.Path, recorded: str | None, asked: bool) -> Any:
+        """The handler of an item without args: the one it has, the registry's, or by its files or recorded name."""
+        if path.name in self._handlers:
+            return self._handlers[path.name].handler
+        for (name, _), handler in self._registry.get_all_entries().items():
+            if name == path.name:
+                return handler
         if asked and recorded is None and not recognize_handler(os.fspath(path)):
             raise InvalidArgumentError(f"item {path.name!r}: give its args, since its handler is not known")
-        return handler_on_disk(os.fspath(path), recorded)
+        return self._build(path.name, handler_class_on_disk(os.fspath(path), recorded))
+
+    def _build(self, name: str, handler_cls: type) -> Any:
+        """The handler of a class for an item, the same each time."""
+        if (name, handler_cls) not in self._built:
+            self._built[name, handler_cls] = build_handler(handler_cls)
+        return self._built[name, handler_cls]
+
+    def _all_handlers(self) -> list[Any]:
+        """Each handler that was given, registered or built, once."""
+        pinned = [pinned.handler for pinned in self._handlers.values()]
+        registered = self._registry.get_all_entries().values()
+        return list({id(unwrapped(h)): h for h in [*pinned, *registered, *self._built.values()]}.values())
 
     def close(self) -> None:
-        for pinned in self._handlers.values():
-            method_of(pinned.handler, "close")()
+        for handler in self._all_handlers():
+            method_of(handler, "close")()
 
 
 class _Handler:

@@ -16,7 +16,7 @@ from ckpt_hooks.handlers.base import (
     typestr_of,
 )
 
-__all__ = ["LegacyHandler", "wrap_legacy"]
+__all__ = ["LegacyHandler", "recorded_name", "unwrapped", "wrap_legacy"]
 
 
 class LegacyHandler(CheckpointHandler):
@@ -61,6 +61,11 @@ def wrap_legacy(handler: Any) -> Any:
     return handler if has_registered_args(handler) else LegacyHandler(handler)
 
 
+def unwrapped(handler: Any) -> Any:
+    """The handler as it was given."""
+    return handler.wrapped if isinstance(handler, LegacyHandler) else handler
+
+
 def recorded_name(handler: Any) -> str:
     """The name under which a checkpoint records a handler."""
-    return typestr_of(handler.wrapped if isinstance(handler, LegacyHandler) else handler, recorded=True)
+    return typestr_of(unwrapped(handler), recorded=True)

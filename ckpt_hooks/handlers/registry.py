@@ -14,7 +14,7 @@ from ckpt_hooks.handlers.base import (
     typestr_of,
 )
 
-__all__ = ["DefaultCheckpointHandlerRegistry", "build_handler", "handler_on_disk"]
+__all__ = ["DefaultCheckpointHandlerRegistry", "build_handler", "handler_class_on_disk", "handler_on_disk"]
 
 _Entry = tuple[str | None, type[CheckpointArgs]]
 
@@ -65,15 +65,20 @@ class DefaultCheckpointHandlerRegistry:
 
 
 def handler_on_disk(path: str, recorded: str | None) -> Any:
-    """The handler of an item, or of a checkpoint without items, by its files or by its recorded name.
+    """A new handler of the class on disk."""
+    return build_handler(handler_class_on_disk(path, recorded))
+
+
+def handler_class_on_disk(path: str, recorded: str | None) -> type:
+    """The handler class of an item, or of a checkpoint without items, by its files or by its recorded name.
 
     Raises InvalidArgumentError where neither is of a registered one.
     """
     recognized = recognize_handler(path)
     if recognized is not None and not _is_known(recorded, besides=recognized):
-        return build_handler(recognized)
+        return recognized
     try:
-        return build_handler(get_handler_type(recorded or ""))
+        return get_handler_type(recorded or "")
     except HandlerNotFoundError as error:
         raise InvalidArgumentError(
             f'item "{os.path.basename(path)}" was found in the checkpoint, but could not be restored: {error} '
