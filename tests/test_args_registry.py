@@ -366,6 +366,45 @@ def test_legacy_handler_gets_its_own_arguments(tmp_path: Path, kind: type[Checkp
     assert metadata.item_metadata is None
 
 
+class OldAsyncHandler(OldHandler):
+    """An asynchronous handler of those days."""
+
+    def __init__(self, pool: concurrent.futures.Executor) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self._pool = pool
+
+    def save(self, directory: epath.Path, text: str, *, ending: str = "") -> None:
+        self.calls.append("save")
+        super().save(directory, text, ending=ending)
+
+    async def async_save(self, directory: epath.Path, text: str, *, ending: str = "") -> list[Any]:
+        self.calls.append("async_save")
+        return [self._pool.submit(self._write, directory, text + ending)]
+
+    def _write(self, directory: epath.Path, text: str) -> None:
+        assert self.gate.wait(DEADLINE_SECS)
+        super().save(directory, text)
+
+
+def test_legacy_handler_saves_in_the_background_if_it_can(tmp_path: Path) -> None:
+    """An `AsyncCheckpointer` calls `async_save` of a legacy handler, and its futures go on while the caller does."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, AsyncCheckpointer(OldAsyncHandler(pool)) as checkpointer:
+        checkpointer.save(tmp_path / "c", "text", ending="!")
+        assert os.listdir(tmp_path) == ["c.orbax-checkpoint-tmp"]
+        checkpointer.handler.gate.set()
+        assert checkpointer.restore(tmp_path / "c") == "text!"
+        assert checkpointer.handler.calls == ["async_save"]
+
+
+def test_legacy_handler_saves_in_the_foreground(tmp_path: Path) -> None:
+    """A `Checkpointer` calls `save` of a legacy handler, also where it has `async_save`."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, Checkpointer(OldAsyncHandler(pool)) as checkpointer:
+        checkpointer.save(tmp_path / "c", "text", ending="!")
+        assert checkpointer.restore(tmp_path / "c") == "text!"
+        assert checkpointer.handler.calls == ["save"]
+
+
 def test_legacy_handler_takes_part_in_everything(tmp_path: Path) -> None:
     """`metadata`, `finalize` and `close` of a legacy handler are called where it has them."""
     handler = OldHandlerWithMore()

@@ -22,6 +22,7 @@ from ckpt_hooks.errors import HandlerNotFoundError, InvalidArgumentError, Invali
 from ckpt_hooks.processes import MultiprocessingOptions
 
 __all__ = [
+    "AsyncSave",
     "CheckpointArgs",
     "CheckpointHandler",
     "StagedSave",
@@ -131,27 +132,40 @@ def _stage_by_saving(handler: Any, args: Any) -> StagedSave:
     async_save = getattr(handler, "async_save", None)
     if async_save is None:
         return StagedSave(write=_nothing, begin=lambda directory: handler.save(directory, args=args))
-    futures: list[Any] = []
+    begun = AsyncSave()
+    return StagedSave(
+        write=lambda directory: begun.wait(), begin=lambda directory: begun.start(async_save(directory, args=args))
+    )
 
-    def begin(directory: epath.Path) -> None:
-        futures.extend(_run(async_save(directory, args=args)) or ())
 
-    def write(directory: epath.Path) -> None:
-        del directory
+def _nothing(directory: epath.Path) -> None:
+    del directory
+
+
+class AsyncSave:
+    """What the `async_save` of a handler has begun.
+
+    Attributes:
+      has_started: whether it was called.
+    """
+
+    has_started = False
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Runs `async_save` itself."""
+        self.has_started = True
+        self._futures = _run(coroutine) or ()
+
+    def wait(self) -> None:
+        """Waits for all of its futures; raises the first error."""
         errors = []
-        for future in futures:
+        for future in self._futures:
             try:
                 future.result()
             except Exception as error:  # the others must not write on into a directory that is being removed
                 errors.append(error)
         if errors:
             raise errors[0]
-
-    return StagedSave(write=write, begin=begin)
-
-
-def _nothing(directory: epath.Path) -> None:
-    del directory
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_hooks.handlers.base import (
+    AsyncSave,
     CheckpointArgs,
     CheckpointHandler,
     StagedSave,
@@ -33,7 +34,20 @@ class LegacyHandler(CheckpointHandler):
         return self.wrapped.restore(directory, *args.args, **args.kwargs)
 
     def stage(self, args: LegacyArgs) -> StagedSave:
-        return StagedSave(write=lambda directory: None, begin=lambda directory: self.save(directory, args))
+        if not hasattr(self.wrapped, "async_save"):
+            return StagedSave(write=lambda directory: None, begin=lambda directory: self.save(directory, args))
+        begun = AsyncSave()
+
+        def write(directory: epath.Path) -> None:
+            if begun.has_started:
+                begun.wait()
+            else:
+                self.save(directory, args)
+
+        def detach(directory: epath.Path) -> None:  # only where training goes on
+            begun.start(self.wrapped.async_save(directory, *args.args, **args.kwargs))
+
+        return StagedSave(write, detach=detach)
 
     def metadata(self, directory: epath.Path) -> Any:
         return method_of(self.wrapped, "metadata")(directory)
