@@ -94,10 +94,10 @@ class Checkpointer:
         self._multiprocessing_options = together = given_or_new(multiprocessing_options, MultiprocessingOptions)
         together.check_membership()
         self._operation_ids = processes.operation_ids(together)
-        store = checkpoint_metadata_store
-        if store is not None and not store.is_blocking_writer and not self._goes_on:
+        store = checkpoint_metadata_store or metadata_store(enable_write=together.is_primary(), blocking_write=True)
+        self._store, self._store_blocks = store, store.is_blocking_writer()
+        if not self._store_blocks and not self._goes_on:
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
-        self._store = store or metadata_store(enable_write=together.is_primary(), blocking_write=True)
         self._temporary_path_class = temporary_path_class or AtomicRenameTemporaryPath
         self._path_options: dict[str, Any] = {
             "checkpoint_metadata_store": self._store,
@@ -105,7 +105,6 @@ class Checkpointer:
             "multiprocessing_options": together,
         }
         self._is_primary = together.is_primary()
-        self._store_blocks = self._store.is_blocking_writer
         self._is_alone, rank = processes.count() == 1, together.writers().ranks[processes.index()]
         self._is_others = None if self._is_alone else functools.partial(is_of_another, rank)
         self._barrier_prefix = together.key("")
@@ -180,7 +179,7 @@ class Checkpointer:
         start_secs = time.perf_counter()
         events.record_event(events.WRITE_START)
         temporary = self._temporary_path_class.from_final(final, **self._path_options)
-        temporary.replaces, temporary.is_others = force, self._is_others
+        temporary.replaces, temporary.is_others, temporary.store_blocks = force, self._is_others, self._store_blocks
         operation, options = next(self._operation_ids), self._multiprocessing_options
         save = _Save(final, temporary, operation, on_commit, start_secs)
         try:

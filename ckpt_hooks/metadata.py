@@ -195,13 +195,11 @@ def _to_json_number(name: str, value: Any) -> float | int | str:
 
 
 class MetadataStore(abc.ABC):
-    """Reads and writes metadata files; a reader sees an old file or a new one, never a part of one.
+    """Reads and writes metadata files; a reader sees an old file or a new one, never a part of one."""
 
-    Attributes:
-      is_blocking_writer: whether `write` and `update` return only when the file is there.
-    """
-
-    is_blocking_writer: bool = True
+    def is_blocking_writer(self) -> bool:
+        """Whether `write` and `update` return only when the file is there."""
+        return True
 
     @abc.abstractmethod
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
@@ -267,12 +265,13 @@ class _BlockingStore(MetadataStore):
 
 
 class _BackgroundStore(_BlockingStore):
-    is_blocking_writer = False
-
     def __init__(self) -> None:
         super().__init__()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "ckpt_hooks-metadata")
         self._pending: list[concurrent.futures.Future[None]] = []
+
+    def is_blocking_writer(self) -> bool:
+        return False
 
     def write(self, file_path: Any, metadata: Mapping[str, Any]) -> None:
         self._submit(super().write, file_path, dict(metadata))
@@ -311,7 +310,7 @@ _read_only_store = _ReadOnlyStore()
 def metadata_store(*, enable_write: bool, blocking_write: bool = False) -> MetadataStore:
     """A store: the process's one blocking writer, its one reader, or a new background writer to be closed.
 
-    >>> metadata_store(enable_write=True, blocking_write=True).is_blocking_writer
+    >>> metadata_store(enable_write=True, blocking_write=True).is_blocking_writer()
     True
     """
     if not enable_write:

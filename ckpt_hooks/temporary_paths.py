@@ -85,12 +85,14 @@ class TemporaryPath(abc.ABC):
       is_others: of a path, whether it is a file that another process of this save makes durable; None where there is
         no other. If each synced all, a save by N processes would take N x N syncs.
       recorded: fields of the step metadata that `finalize` writes, with the commit time.
+      store_blocks: whether the metadata store is known to block, and need not be waited for.
     """
 
     replaces = False
     recorded: Mapping[str, Any] = {}
     is_others: Callable[[str], bool] | None = None
     writes_in_place = False
+    store_blocks = False
 
     def __init__(
         self,
@@ -105,7 +107,6 @@ class TemporaryPath(abc.ABC):
         if not os.path.isabs(self._final):
             self._temporary, self._final = absolute_path(temporary_path), absolute_path(final_path)
         self._store = checkpoint_metadata_store
-        self._store_blocks = checkpoint_metadata_store is None or checkpoint_metadata_store.is_blocking_writer
         self._file_options = file_options or FileOptions()
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
         self._lock: commit.DirectoryLock | None = None
@@ -202,7 +203,7 @@ class TemporaryPath(abc.ABC):
             fields = {**self.recorded, "commit_timestamp_nsecs": time.time_ns()}
             self._store.update(self._temporary / METADATA_FILE, **fields)
             self.recorded = {}
-            if not self._store_blocks:
+            if not self.store_blocks:
                 self._store.wait_until_finished()
         path = os.fspath(self._temporary)
         commit.write_file(os.path.join(path, FILE), FileChecksums.of_directory(path).encode())

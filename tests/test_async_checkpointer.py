@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -199,6 +201,24 @@ def test_options_are_those_of_checkpointer(tmp_path: Path) -> None:
         metadata = checkpointer.metadata(tmp_path / "c")
     assert metadata.custom_metadata == {"epoch": 1}
     assert metadata.init_timestamp_nsecs and metadata.commit_timestamp_nsecs
+
+
+def test_a_background_store_of_orbax_is_waited_for_before_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store of Orbax's that writes in the background has written everything before it is summed and renamed."""
+    store = ocp.metadata.metadata_store(enable_write=True)
+    update = store.update
+
+    def update_slowly(file_path: Any, **fields: Any) -> None:
+        store._single_thread_executor.submit(time.sleep, 0.3)
+        update(file_path, **fields)
+
+    monkeypatch.setattr(store, "update", update_slowly)
+    with AsyncCheckpointer(StandardCheckpointHandler(), checkpoint_metadata_store=store) as checkpointer:
+        checkpointer.save(tmp_path / "c", {"w": np.arange(2)}, custom_metadata={"epoch": 1})
+        assert checkpointer.restore(tmp_path / "c").keys() == {"w"}
+        assert checkpointer.metadata(tmp_path / "c").custom_metadata == {"epoch": 1}
 
 
 def test_waiting_includes_what_a_background_store_was_given(tmp_path: Path) -> None:

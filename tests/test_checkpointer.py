@@ -7,12 +7,13 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.monitoring
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -122,9 +123,10 @@ def test_handler_is_the_one_that_was_given() -> None:
         assert checkpointer.handler is handler
 
 
-def test_store_that_does_not_block_is_refused() -> None:
-    """A synchronous checkpointer refuses a metadata store that writes in the background."""
-    store = metadata_store(enable_write=True, blocking_write=False)
+@pytest.mark.parametrize("make", [metadata_store, ocp.metadata.metadata_store], ids=["ours", "Orbax"])
+def test_store_that_does_not_block_is_refused(make: Callable[..., Any]) -> None:
+    """A synchronous checkpointer refuses a metadata store that writes in the background, also one of Orbax's."""
+    store = make(enable_write=True, blocking_write=False)
     try:
         with pytest.raises(ValueError, match="blocks"):
             Checkpointer(StandardCheckpointHandler(), checkpoint_metadata_store=store)
@@ -808,8 +810,6 @@ def test_close_closes_the_store() -> None:
     closed: list[str] = []
 
     class Store(MetadataStore):
-        is_blocking_writer = True
-
         def write(self, file_path: Any, metadata: Any) -> None:
             del file_path, metadata
 

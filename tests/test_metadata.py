@@ -266,11 +266,11 @@ def test_kinds_of_stores() -> None:
     """The blocking writer and the reader are one object each in a process, a background writer is a new one."""
     blocking = metadata_store(enable_write=True, blocking_write=True)
     assert blocking is metadata_store(enable_write=True, blocking_write=True)
-    assert blocking.is_blocking_writer
+    assert blocking.is_blocking_writer()
     reader = metadata_store(enable_write=False)
     assert reader is metadata_store(enable_write=False, blocking_write=True)
     one, other = metadata_store(enable_write=True), metadata_store(enable_write=True)
-    assert one is not other and not one.is_blocking_writer
+    assert one is not other and not one.is_blocking_writer()
     one.close()
     other.close()
 
