@@ -283,7 +283,8 @@ class Checkpointer:
 
     def metadata(self, directory: Any) -> StepMetadata:
         """The step metadata, with what the handler tells of its items."""
-        return describe_checkpoint(self._handler, require_finalized(directory, self._temporary_path_class))
+        path = require_finalized(directory, self._temporary_path_class)
+        return describe_checkpoint(self._handler, path, self._store)
 
     @property
     def handler(self) -> Any:

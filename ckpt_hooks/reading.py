@@ -16,7 +16,7 @@ from ckpt_hooks import events
 from ckpt_hooks.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_hooks.handlers.base import CheckpointArgs, method_of
 from ckpt_hooks.handlers.composite import CompositeCheckpointHandler
-from ckpt_hooks.metadata import METADATA_FILE, StepMetadata, read_step_metadata
+from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.lookup import ReadOnce, is_named
 
@@ -48,9 +48,15 @@ def read_checkpoint(handler: Any, path: epath.Path, args: CheckpointArgs) -> Any
     return restored
 
 
-def describe_checkpoint(handler: Any, path: epath.Path) -> StepMetadata:
-    """The step metadata of `path`, with what `handler` tells of its items."""
-    metadata = read_step_metadata(os.fspath(path)) or StepMetadata()
+def describe_checkpoint(handler: Any, path: epath.Path, store: MetadataStore | None = None) -> StepMetadata:
+    """The step metadata of `path`, with what `handler` tells of its items.
+
+    A store with a `read` of its own is asked first: it may keep them elsewhere. What it does not have is in the file.
+    """
+    asked = store if store is not None and type(store).read is not MetadataStore.read else None  # ours hides damage
+    content = asked.read(path / METADATA_FILE) if asked is not None else None
+    saved = read_step_metadata(os.fspath(path)) if content is None else StepMetadata.from_json(content)
+    metadata = saved or StepMetadata()
     try:
         items = method_of(handler, "metadata")(path)
     except (FileNotFoundError, NotImplementedError, ValueError, TypeError) as error:

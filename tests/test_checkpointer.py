@@ -614,6 +614,44 @@ def test_metadata_of_a_checkpoint(tmp_path: Path) -> None:
     assert metadata.init_timestamp_nsecs <= metadata.commit_timestamp_nsecs
 
 
+class MemoryStore(MetadataStore):
+    """Keeps step metadata in memory, by the name of the checkpoint."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[str, Any]] = {}
+
+    def write(self, file_path: Any, metadata: Any) -> None:
+        self.kept[Path(file_path).parent.name.partition(".")[0]] = dict(metadata)
+
+    def update(self, file_path: Any, **fields: Any) -> None:
+        self.write(file_path, {**(self.read(file_path) or {}), **fields})
+
+    def read(self, file_path: Any) -> dict[str, Any] | None:
+        return self.kept.get(Path(file_path).parent.name.partition(".")[0])
+
+
+def test_given_store_is_asked_for_the_metadata(tmp_path: Path) -> None:
+    """What a store of the user's keeps elsewhere comes back from it, and what it does not have from the file."""
+    Checkpointer(StandardCheckpointHandler()).save(tmp_path / "a", {"w": 1}, custom_metadata={"epoch": 1})
+    store = MemoryStore()
+    with Checkpointer(StandardCheckpointHandler(), checkpoint_metadata_store=store) as checkpointer:
+        checkpointer.save(tmp_path / "b", {"w": 1}, custom_metadata={"epoch": 2})
+        assert not (tmp_path / "b" / "_CHECKPOINT_METADATA").exists()
+        assert [checkpointer.metadata(tmp_path / name).custom_metadata for name in "ab"] == [{"epoch": 1}, {"epoch": 2}]
+        assert checkpointer.metadata(tmp_path / "b").item_handlers == STANDARD_TYPESTR
+
+
+@pytest.mark.parametrize("make", [metadata_store, ocp.metadata.metadata_store], ids=["ours", "Orbax"])
+def test_damaged_metadata_are_no_empty_ones(tmp_path: Path, make: Callable[..., Any]) -> None:
+    """Step metadata that cannot be read are told, also where the store that was given says nothing of it."""
+    store = make(enable_write=True, blocking_write=True)
+    with Checkpointer(StandardCheckpointHandler(), checkpoint_metadata_store=store) as checkpointer:
+        checkpointer.save(tmp_path / "c", {"w": 1})
+        (tmp_path / "c" / "_CHECKPOINT_METADATA").write_text("{")
+        with pytest.raises(errors.CorruptCheckpointError, match="_CHECKPOINT_METADATA"):
+            checkpointer.metadata(tmp_path / "c")
+
+
 def test_handler_without_metadata_is_no_error(tmp_path: Path) -> None:
     """Where the handler describes no metadata, the rest of the step metadata is there and its part is None."""
     with Checkpointer(NoteHandler()) as checkpointer:
