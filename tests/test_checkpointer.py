@@ -279,6 +279,33 @@ def test_args_of_another_handler_are_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+class Unregistered(CheckpointArgs):
+    text, suffix = "u", "!"
+
+
+def test_args_that_nobody_registered_are_the_handlers_own(tmp_path: Path) -> None:
+    """Args that are registered with no handler go as they are to a handler that has registered others."""
+    with Checkpointer(NoteHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "c", args=Unregistered())
+        assert checkpointer.restore(tmp_path / "c", Unregistered()) == "u!"
+
+
+class OldNoteHandler:
+    def save(self, directory: epath.Path, text: str) -> None:
+        (directory / "note").write_text(text)
+
+    def restore(self, directory: epath.Path) -> str:
+        return (directory / "note").read_text()
+
+
+@pytest.mark.parametrize("handler", [OldNoteHandler, CompositeCheckpointHandler])
+def test_args_that_nobody_registered_are_refused(tmp_path: Path, handler: type) -> None:
+    """A handler without args classes cannot know them, nor can a composite: a ValueError says how to register them."""
+    with Checkpointer(handler()) as checkpointer, pytest.raises(ValueError, match="register_with_handler"):
+        checkpointer.save(tmp_path / "c", args=Unregistered())
+    assert os.listdir(tmp_path) == []
+
+
 # ------------------------------------------------------------------ the order of steps
 
 

@@ -76,7 +76,12 @@ class CheckpointHandler(abc.ABC):
     ``async def async_save(directory, args)`` that returns futures.
 
     See ``docs/handlers.md`` for one that can be run.
+
+    Attributes:
+      needs_own_args: whether it takes registered args only.
     """
+
+    needs_own_args = False
 
     @abc.abstractmethod
     def save(self, directory: epath.Path, args: Any) -> None:
@@ -345,8 +350,13 @@ _signature_of: Callable[[type], inspect.Signature] = functools.cache(inspect.sig
 
 
 def args_for_handler(handler: Any, for_save: bool, *args: Any, **kwargs: Any) -> CheckpointArgs:
-    """`construct_checkpoint_args`, where an args object of another handler is an error."""
+    """`construct_checkpoint_args`, where an args object of another handler is an error.
+
+    One that is registered with no handler is left to this one, as Orbax does, unless it `needs_own_args`.
+    """
     constructed = construct_checkpoint_args(handler, for_save, *args, **kwargs)
+    if _nearest(type(constructed), _handler_of_args) is None and not getattr(handler, "needs_own_args", False):
+        return constructed
     expected = get_registered_handler_cls(constructed)
     if not isinstance(handler, expected):
         raise InvalidArgumentTypeError(

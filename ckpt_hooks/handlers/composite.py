@@ -139,6 +139,8 @@ class CompositeCheckpointHandler(CheckpointHandler):
     registry's for (None, args class), and the one that the args class is registered with. The first use pins it.
     """
 
+    needs_own_args = True
+
     def __init__(
         self,
         *item_names: str,

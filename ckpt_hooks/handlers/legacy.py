@@ -23,6 +23,8 @@ __all__ = ["LegacyHandler", "recorded_name", "unwrapped", "wrap_legacy"]
 class LegacyHandler(CheckpointHandler):
     """Gives a handler whose methods take ``(directory, *args, **kwargs)`` the contract of today's."""
 
+    needs_own_args = True
+
     def __init__(self, handler: Any) -> None:
         self.wrapped = handler
 
