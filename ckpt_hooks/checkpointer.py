@@ -1,7 +1,7 @@
 """`Checkpointer` and `AsyncCheckpointer`: one checkpoint, whole or not at all.
 
 A save, in order (each barrier is passed by every process, the primary does the rest):
-    barrier save_start -> is the destination free? -> stage (refuse early; take the state) -> temporary path
+    barrier save_start -> is the destination free? -> args -> stage (refuse early; take the state) -> temporary path
     -> handler writes -> step metadata -> barrier save -> handler finalizes, commit -> barrier finalize
 `AsyncCheckpointer` returns after the temporary path is made; the rest happens in one background thread.
 """
@@ -46,6 +46,7 @@ from ckpt_hooks.threads import BackgroundTask
 __all__ = ["AsyncCheckpointer", "Checkpointer"]
 
 DEFAULT_TIMEOUT_SECS = 600.0
+_Args = CheckpointArgs | StagedSave | functools.partial[CheckpointArgs]  # the last are still to be built
 _log = logging.getLogger(__name__)
 
 
@@ -141,14 +142,14 @@ class Checkpointer:
           UnsupportedLeafError, NameCollisionError, NotSerializableError: before anything is written.
           DiskFullError, UnwritableDirectoryError: (OSError) nothing is left behind.
         """
-        save_args = args_for_handler(self._handler, True, *args, **kwargs)
+        save_args = functools.partial(args_for_handler, self._handler, True, *args, **kwargs)
         self.save_args(absolute_path(directory), save_args, force=force, custom_metadata=custom_metadata)
 
-    def save_args(self, directory: epath.Path, args: CheckpointArgs | StagedSave, **options: Any) -> None:
+    def save_args(self, directory: epath.Path, args: _Args, **options: Any) -> None:
         """`save`, with one args object and the options that a `CheckpointManager` has besides.
 
         Args:
-          args: what to save, or what `stage` has made of it.
+          args: what to save, what builds it once the destination is known to be free, or what `stage` has made of it.
           options: those of `save`; `metrics`, recorded beside them; `on_commit`, called in the primary after it.
         """
         save = self._begin(directory, args, **options)
@@ -168,7 +169,7 @@ class Checkpointer:
     def _begin(
         self,
         final: epath.Path,
-        args: CheckpointArgs | StagedSave,
+        args: _Args,
         *,
         force: bool = False,
         custom_metadata: Mapping[str, Any] | None = None,
@@ -187,6 +188,7 @@ class Checkpointer:
             self._barrier("save_start", operation)
             if self._is_primary and is_named(final):
                 check_destination(final, self._temporary_path_class, force=force)
+            args = args() if isinstance(args, functools.partial) else args
             staged = args if isinstance(args, StagedSave) else self.stage(args)
             staged_secs = time.perf_counter()
             temporary.recorded = {"item_handlers": staged.item_handlers or self._recorded_name, **recorded}
@@ -276,15 +278,14 @@ class Checkpointer:
         Raises CheckpointNotFoundError where there is nothing, IncompleteCheckpointError where a save was
         never committed, CorruptCheckpointError where the bytes are not what was saved.
         """
-        restore_args = args_for_handler(self._handler, False, *args, **kwargs)
         with Together(self._multiprocessing_options, name="restore"):
             path = require_finalized(directory, self._temporary_path_class)
+            restore_args = args_for_handler(self._handler, False, *args, **kwargs)
             return read_checkpoint(self._handler, path, restore_args)
 
     def metadata(self, directory: Any) -> StepMetadata:
         """The step metadata, with what the handler tells of its items."""
-        path = require_finalized(directory, self._temporary_path_class)
-        return describe_checkpoint(self._handler, path, self._store)
+        return describe_checkpoint(self._handler, require_finalized(directory, self._temporary_path_class), self._store)
 
     @property
     def handler(self) -> Any:
@@ -350,7 +351,7 @@ class AsyncCheckpointer(Checkpointer):
         self._task: BackgroundTask | None = None
         events.record_event(events.ASYNC_CHECKPOINTER_INIT)
 
-    def save_args(self, directory: epath.Path, args: CheckpointArgs | StagedSave, **options: Any) -> None:
+    def save_args(self, directory: epath.Path, args: _Args, **options: Any) -> None:
         start_secs = time.perf_counter()
         self.wait_until_finished()
         save = self._begin(directory, args, **options)

@@ -272,6 +272,19 @@ def test_wrong_arguments_are_named(tmp_path: Path, call: dict[str, Any]) -> None
     assert os.listdir(tmp_path) == []
 
 
+def test_the_destination_is_looked_at_before_the_arguments(tmp_path: Path) -> None:
+    """Where something is there, or nothing, that is the error, and not that the arguments do not fit."""
+    with Checkpointer(NoteHandler()) as checkpointer:
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            checkpointer.restore(tmp_path / "c", nonsense=1)
+        checkpointer.save(tmp_path / "c", "old")
+        with pytest.raises(ValueError, match="already exists"):
+            checkpointer.save(tmp_path / "c", nonsense=1)
+        with pytest.raises(TypeError, match="nonsense"):
+            checkpointer.save(tmp_path / "c", nonsense=1, force=True)
+        assert checkpointer.restore(tmp_path / "c") == "old"
+
+
 def test_args_of_another_handler_are_refused(tmp_path: Path) -> None:
     """Args that are registered with another handler are a TypeError, before anything is written."""
     with Checkpointer(NoteHandler()) as checkpointer, pytest.raises(TypeError, match="StandardCheckpointHandler"):

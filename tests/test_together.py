@@ -66,6 +66,17 @@ def test_a_barrier_timeout_is_positive(secs: float) -> None:
 # ------------------------------------------------------------------ bad input
 
 
+def test_arguments_that_do_not_fit_in_one_process_are_told_to_all(nursery: Nursery, tmp_path: Path) -> None:
+    """Nobody waits at a barrier for a process whose call was wrong; the next save is a good one."""
+    *others, last = nursery.run_group(together.wrong_arguments, tmp_path, 2)
+    for text, _ in last.report:
+        assert text.startswith("InvalidArgumentTypeError") and "nonsense" in text
+    for process in others:
+        for text, secs in process.report:
+            assert text.startswith("OtherProcessError: process 1 failed: InvalidArgumentTypeError")
+            assert secs < 20, "told, and not found out by waiting"
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
     nursery: Nursery, tmp_path: Path, count: int

@@ -120,6 +120,15 @@ def absent(folder: Path) -> Any:
 # ------------------------------------------------------------------ bad input
 
 
+def wrong_arguments(folder: Path) -> Any:
+    """What each process hears where the last one gives arguments that do not fit, to a save and to a restore."""
+    wrong: dict[str, Any] = {"nonsense": 1} if jax.process_index() == jax.process_count() - 1 else {}
+    with ckpt_hooks.Checkpointer(ckpt_hooks.StandardCheckpointHandler()) as checkpointer:
+        refused = error_of(lambda: checkpointer.save(folder / "c", state_at(1), **wrong))
+        checkpointer.save(folder / "c", state_at(1))
+        return [refused, error_of(lambda: checkpointer.restore(folder / "c", **wrong))]
+
+
 def refused(folder: Path) -> Any:
     """{what is wrong: what a save says of it}; a good save after each shows that nothing was broken by it."""
     is_last = jax.process_index() == jax.process_count() - 1
