@@ -59,14 +59,19 @@ def read_chosen(
 
 def is_empty(run: RunDirectory, options: MultiprocessingOptions) -> bool:
     """Whether the leader finds no checkpoint in the run."""
-    leads = processes.index() == options.leader()
-    found = str(run.latest_step()) if leads else ""
-    if found == str(None) and (hint := run.hint_at_other_names()):
+    if len(options.members()) == 1:
+        return _finds_nothing(run)
+    with _operation(options) as barriers:  # before the look: one that fails has taken its number, and is told
+        found = str(_finds_nothing(run)) if processes.index() == options.leader() else ""
+        return barriers.meet("newest", "asks for the newest step", found) == str(True)
+
+
+def _finds_nothing(run: RunDirectory) -> bool:
+    if run.latest_step() is not None:
+        return False
+    if hint := run.hint_at_other_names():
         _log.warning("%s has no checkpoint%s", run.path, hint)
-    if len(options.members()) > 1:
-        with _operation(options) as barriers:
-            found = barriers.meet("newest", "asks for the newest step", found)
-    return found == str(None)
+    return True
 
 
 @contextlib.contextmanager

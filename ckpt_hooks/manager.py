@@ -160,19 +160,19 @@ class CheckpointManager:
           UnsupportedLeafError, NameCollisionError, NotSerializableError, MetricNotFoundError,
           DiskFullError, UnwritableDirectoryError: before anything is written.
         """
-        if type(step) is not int or step < 0:
-            step = check_step(step)
-        numbers = to_json_numbers(metrics) if metrics is not None else {}
-        custom = {"step": step, "metrics": numbers}
-        if metadata is not None:
-            custom |= check_custom_metadata(metadata, reserved=_RESERVED)
-        if items:
-            check_names(items)
-        self.wait()
-        # What cannot be saved is refused here, before the run is locked, made, or cleared of damaged steps.
-        run, path = self._run, epath.Path(f"{self._run.path}/{step}")
-        args = self._save_args(state, numbers, items)
         try:
+            if type(step) is not int or step < 0:
+                step = check_step(step)
+            numbers = to_json_numbers(metrics) if metrics is not None else {}
+            custom = {"step": step, "metrics": numbers}
+            if metadata is not None:
+                custom |= check_custom_metadata(metadata, reserved=_RESERVED)
+            if items:
+                check_names(items)
+            self.wait()
+            # What cannot be saved is refused here, before the run is locked, made, or cleared of damaged steps.
+            run, path = self._run, epath.Path(f"{self._run.path}/{step}")
+            args = self._save_args(state, numbers, items)
             try:
                 staged = self.checkpointer.stage(args)
             except BaseException as error:

@@ -113,6 +113,44 @@ def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize("count", [2, 4])
+def test_a_save_that_one_process_refuses_fails_in_all_at_once(nursery: Nursery, tmp_path: Path, count: int) -> None:
+    """Its arguments, or the failure of its last save: the others are told, and what all refuse is each one's own error.
+
+    The next save is one of all.
+    """
+    words = {
+        "step": "InvalidArgumentError: step",
+        "metric": "NotSerializableError: metrics['loss']: a metric is one real number",
+        "metadata": "InvalidArgumentError: ",
+        "name": "InvalidArgumentError: like=: no object can have this name",
+        "state": "InvalidArgumentTypeError: ",
+        "object": "InvalidArgumentTypeError: ",
+        "earlier save": "SaveFailedError: of the background save, which nobody else has",
+    }
+    for number, process in enumerate(nursery.run_group(together.refused_before_the_barrier, tmp_path, count)):
+        assert process.code == 0, process.log
+        assert process.report["is newest"]
+        assert process.report["said"].keys() == words.keys()
+        for name, ((in_one, _), (in_all, _)) in process.report["said"].items():
+            told = "" if number == count - 1 else f"OtherProcessError: process {count - 1} failed: "
+            assert in_one.startswith(f"{told}{words[name]}"), in_one
+            assert in_all.startswith(words[name]), in_all
+        longest = max(secs for pair in process.report["said"].values() for _, secs in pair)
+        assert longest < 20, "told, and not found out by waiting"
+
+
+def test_a_run_that_process_0_cannot_look_at_is_an_error_in_all(nursery: Nursery, tmp_path: Path) -> None:
+    """At every asking; nobody takes the answer to one for that to another, and all go on together afterwards."""
+    for number, process in enumerate(nursery.run_group(together.look_that_fails, tmp_path, 2)):
+        assert process.code == 0, process.log
+        for text, secs in process.report["said"]:
+            assert text.startswith("OtherProcessError: process 0 failed: " if number else "StorageError: "), text
+            assert "Input/output error" in text
+            assert secs < 20
+        assert process.report["found"] == [True, False]
+
+
+@pytest.mark.parametrize("count", [2, 4])
 def test_a_directory_that_is_not_shared_is_found_out(nursery: Nursery, tmp_path: Path, count: int) -> None:
     """Also where there is one of the same name; the checkpoint is not committed, and nothing is left of it."""
     *others, last = nursery.run_group(together.not_shared, tmp_path, count)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ckpt_hooks
 from ckpt_hooks import processes, shared_directory
+from ckpt_hooks.errors import SaveFailedError
 from ckpt_hooks.storage import checksums
 from ckpt_hooks.testing import damage
 
@@ -158,6 +159,55 @@ def refused(folder: Path) -> Any:
             manager.wait()
             committed.append(manager.latest_step() == 2 * step + 1)
     return {"said": said, "committed": committed, "metrics": manager.metadata(1).metrics}
+
+
+def refused_before_the_barrier(folder: Path) -> Any:
+    """{what is wrong: [what a save says of it in the last process alone, and in all]}; good saves after each."""
+    is_last = jax.process_index() == jax.process_count() - 1
+    cases: dict[str, dict[str, Any]] = {
+        "step": {"step": -1},
+        "metric": {"metrics": {"loss": np.zeros(2)}},
+        "metadata": {"metadata": {"step": 1}},
+        "name": {"like": Position(0)},
+        "state": {"state": None},
+        "object": {"data": object()},
+        "earlier save": {},
+    }
+    said: dict[str, list[Any]] = {}
+    with ckpt_hooks.CheckpointManager(folder / "run", keep=1, timeout_secs=60) as manager:
+        step = 0
+        for name, wrong in cases.items():
+            said[name] = []
+            for has_it in (is_last, True):
+                step += 2
+                if has_it and name == "earlier save":
+                    manager.checkpointer.failure = SaveFailedError("of the background save, which nobody else has")
+                given = {"step": step, "state": state_at(step), **(wrong if has_it else {})}
+                said[name].append(error_of(lambda: manager.save(**given)))  # noqa: B023
+                manager.save(step + 1, state_at(step + 1))
+                manager.wait()
+        newest = manager.latest_step()
+    return {"said": said, "is newest": newest == step + 1}
+
+
+def look_that_fails(folder: Path) -> Any:
+    """What each process is told of a run at which process 0 cannot look, twice; then all can, and save."""
+    run, stat = folder / "run", os.stat
+
+    def failing(path: Any, *arguments: Any, **keywords: Any) -> os.stat_result:
+        if os.fspath(path) == str(run):
+            raise OSError(5, "Input/output error", str(path))
+        return stat(path, *arguments, **keywords)
+
+    with ckpt_hooks.CheckpointManager(run, timeout_secs=60) as manager:
+        os.stat = failing if jax.process_index() == 0 else stat
+        said = [error_of(manager.is_empty) for _ in range(2)]
+        os.stat = stat
+        found = [manager.is_empty()]
+        manager.save(1, state_at(1))
+        manager.wait()
+        found.append(manager.is_empty())
+    return {"said": said, "found": found}
 
 
 def not_shared(folder: Path) -> Any:
