@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Self
@@ -41,6 +42,7 @@ __all__ = [
 DEFAULT_BARRIER_TIMEOUT_SECS = 300.0
 
 _askings = itertools.count(1)  # whether there is a preemption
+_is_preempted = threading.Event()  # once there is: JAX's runtime says so at one asking alone, which is one hook's
 _operation_ids: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
@@ -262,8 +264,11 @@ def reached_preemption_sync_point() -> bool:
     """Whether JAX's runtime, having been told of a preemption, wants all processes to stop here.
 
     What it counts are the askings of this process, not steps: it names one asking above all that have been, and a step
-    that a loop jumps over would never come. So every process has to ask equally often.
+    that a loop jumps over would never come. So every process has to ask equally often. Once reached, it stays so: each
+    of several hooks is told when it asks next, which is at the same place in all processes.
     """
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.reached_preemption_sync_point(next(_askings)))
+    if not _is_preempted.is_set() and multihost_utils.reached_preemption_sync_point(next(_askings)):
+        _is_preempted.set()
+    return _is_preempted.is_set()

@@ -358,3 +358,14 @@ def test_a_preemption_is_told_to_all_at_the_same_poll(
         assert process.code == 0, process.log
         assert process.report == {"step": step, "batches": ended[0].report["batches"], "code": 143, "steps": [step]}
     assert ended[0].report["batches"] >= 7
+
+
+def test_a_preemption_is_told_to_every_hook(nursery: Nursery, tmp_path: Path) -> None:
+    """Each of two saves its run, within a step of the other one, and at the same steps in all processes."""
+    ended = nursery.run_group(together.preempted_with_two_hooks, tmp_path, 2)
+    left = ended[0].report["left"]
+    assert left.keys() == {"actor", "critic"}
+    assert abs(left["actor"] - left["critic"]) <= 1
+    for process in ended:
+        assert process.code == 0, process.log
+        assert process.report == {"left": left, "steps": {name: [step] for name, step in left.items()}}

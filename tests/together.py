@@ -520,3 +520,24 @@ def preempted_in_an_evaluation(folder: Path, signal_name: str, stride: int) -> A
         except ckpt_hooks.Preempted as left:
             return {"step": left.step, "batches": batches, "code": left.code, "steps": hook.manager.steps()}
     return "never told"
+
+
+def preempted_with_two_hooks(folder: Path) -> Any:
+    """One process gets SIGTERM while all train two models, each with a hook; {model: step at which it was saved}."""
+    left: dict[str, int] = {}
+    options: dict[str, Any] = {"every_n_steps": 10_000, "timeout_secs": 30, "raise_on_preemption": False}
+    with (
+        ckpt_hooks.CheckpointHook(folder / "actor", **options) as actor,
+        ckpt_hooks.CheckpointHook(folder / "critic", **options) as critic,
+    ):
+        hooks = {"actor": actor, "critic": critic}
+        for step in range(1, 400):
+            if step == 3 and jax.process_index() == jax.process_count() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            for name in [name for name in hooks if name not in left]:  # in the same order in all processes
+                if hooks[name](step, state_at(step)) and hooks[name].preempted:
+                    left[name] = step
+            if left.keys() == hooks.keys():
+                break
+            time.sleep(0.02)
+        return {"left": left, "steps": {name: hook.manager.steps() for name, hook in hooks.items()}}
