@@ -16,6 +16,7 @@ __all__ = ["PREFIX", "checkpoints_named_otherwise", "flax_path", "is_flax_checkp
 
 PREFIX = "checkpoint_"  # Flax's default; who chose another one names the path
 _NUMBERED = re.compile(r"(?:.*_)?(\d+(?:\.\d+)?)")  # `best_0.97` of Flax, `ckpt_7` and `00000007` of Orbax
+_STEP = re.compile(rf"(?:{PREFIX})?(?:0|[1-9][0-9]*)")  # a run's own, also where it has rejected it
 
 
 def flax_path(directory: str, step: int) -> str:
@@ -31,7 +32,8 @@ def is_flax_checkpoint(path: str) -> bool:
 def checkpoints_named_otherwise(directory: str) -> list[str]:
     """The names in a directory of what is a checkpoint and not called by its step alone, by their numbers."""
     names = os.listdir(directory) if is_directory(directory) else []
-    numbers = {name: float(found[1]) for name in names if (found := _NUMBERED.fullmatch(name))}
+    others = [name for name in names if not _STEP.fullmatch(name)]
+    numbers = {name: float(found[1]) for name in others if (found := _NUMBERED.fullmatch(name))}
     return sorted(filter(lambda name: _is_one(directory, name), numbers), key=numbers.__getitem__)
 
 

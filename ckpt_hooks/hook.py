@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from ckpt_hooks import processes
 from ckpt_hooks.abstract_result import abstract_result
@@ -42,6 +43,13 @@ __all__ = ["CheckpointHook"]
 _MISTAKES = (InvalidArgumentError, TypeError, UnsupportedLeafError, NameCollisionError, MetricNotFoundError)
 
 _log = logging.getLogger(__name__)
+
+
+class _Unmade(NamedTuple):
+    """A state that is made where there is nothing to restore, and is only to be restored into elsewhere."""
+
+    abstract: Any
+    make: Callable[[], Any]
 
 
 class CheckpointHook:
@@ -306,17 +314,18 @@ class CheckpointHook:
           StructureMismatchError: the newest checkpoint does not fit `state`.
           NoValidCheckpointError: there are checkpoints and none verifies; it never starts afresh then.
         """
-        if state is None:
+        like, make = state if isinstance(state, _Unmade) else _Unmade(state, lambda: state)
+        if like is None:
             raise no_state("restore(state), which without one is hook.manager.restore()")
         changes = Changes.checked(cast, missing, unexpected, rename, has_target=True)
         items = items if items is None or isinstance(items, str) else tuple(items)
         names, _ = changes.selecting(items)
         try:
-            step, restored = self.manager.restore_with_step(state, items=items, changes=changes, objects=objects)
+            step, restored = self.manager.restore_with_step(like, items=items, changes=changes, objects=objects)
         except CheckpointNotFoundError:
             if not self.manager.is_empty():
                 raise
-            state = state if self._init_from is None else self._init_from.fill(state, self._processes)
+            state = make() if self._init_from is None else self._init_from.fill(make(), self._processes)
             return state if names is None else parts_of(state, names)
         self._start_step = self._saved_step = step
         self._follow(step)
@@ -335,8 +344,11 @@ class CheckpointHook:
                 f"restore_or_init() takes a function that makes the first state, and its arguments; got a "
                 f"{type(init_fn).__qualname__}. A state that there is already goes to restore(state)."
             )
-        is_empty = self.manager.is_empty()
-        return self.restore(init_fn(*args) if is_empty else abstract_result(init_fn, *args), **options)
+        if self.manager.is_empty():
+            return self.restore(init_fn(*args), **options)
+        # What is there now may be none when it is read: not every process has it, or somebody has removed it.
+        unmade = _Unmade(abstract_result(init_fn, *args), functools.partial(init_fn, *args))
+        return self.restore(unmade, **options)
 
     # -------------------------------------------------------------- leaving
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import sys
 import threading
@@ -321,6 +322,21 @@ def test_an_empty_run_is_initialised(make: MakeHook) -> None:
     assert state["w"].shape == (3, 2)
     assert not isinstance(state["w"], jax.core.Tracer)
     assert init.calls == [(key, (3, 2), "abc")]
+
+
+def test_a_run_that_is_emptied_before_it_is_read_is_initialised(make: MakeHook, run: Path) -> None:
+    """Where its only checkpoint has gone when it is to be read, restore_or_init builds the first state all the same."""
+    hook = make()
+    hook.save(7, {"w": jnp.ones(3)})
+    hook.wait()
+
+    def init() -> dict[str, Any]:
+        shutil.rmtree(run / "7", ignore_errors=True)  # by somebody else, once the hook knows that it is there
+        return {"w": jnp.zeros(3)}
+
+    state = hook.restore_or_init(init)
+    np.testing.assert_array_equal(state["w"], np.zeros(3))
+    assert hook.start_step == 0
 
 
 def test_a_run_is_restored_without_building_an_initial_state(make: MakeHook) -> None:

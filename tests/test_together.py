@@ -326,6 +326,15 @@ def test_each_process_may_have_storage_of_its_own(nursery: Nursery, tmp_path: Pa
     assert max(sizes) < 64 * 48 * 4 / count + 4096
 
 
+def test_a_first_save_that_not_all_have_committed_is_begun_afresh(nursery: Nursery, tmp_path: Path) -> None:
+    """restore_or_init makes the first state in all processes; the log names the step, and not as one to go on with."""
+    for number, process in enumerate(nursery.run_group(together.half_committed, tmp_path, 2)):
+        assert process.code == 0, process.log
+        assert process.report == {"is first": True, "start_step": 0, "steps": [10]}
+        assert ("steps [10] of" in process.log) == (number == 0), process.log
+        assert "init_from=" not in process.log
+
+
 def test_groups_of_processes_save_runs_of_their_own(nursery: Nursery, tmp_path: Path) -> None:
     """active_processes: each half has its primary, counts its operations, and refuses what is not its own."""
     for number, process in enumerate(nursery.run_group(together.groups, tmp_path, 4)):

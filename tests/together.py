@@ -432,6 +432,22 @@ def own_storage(folder: Path) -> Any:
     return found
 
 
+def half_committed(folder: Path) -> Any:
+    """Each process has a directory of its own, and process 0 alone has committed the first save; all begin anew."""
+    own = folder / f"disk_{jax.process_index()}" / "run"
+    options = ckpt_hooks.MultiprocessingOptions(primary_host=None)
+    with ckpt_hooks.CheckpointManager(own, timeout_secs=60, multiprocessing_options=options) as manager:
+        manager.save(10, state_at(10))
+    if jax.process_index() > 0:
+        shutil.rmtree(own / "10")
+    wait_for_all("lost")
+    with ckpt_hooks.CheckpointHook(own, every_n_steps=10, timeout_secs=60, multiprocessing_options=options) as hook:
+        is_first = is_at(hook.restore_or_init(lambda: state_at(0)), 0)
+        start_step = hook.start_step
+        hook(10, state_at(10))
+    return {"is first": is_first, "start_step": start_step, "steps": hook.manager.steps()}
+
+
 def groups(folder: Path) -> Any:
     """Two halves of the processes save runs of their own, side by side and not equally often; then all save one."""
     me, count = jax.process_index(), jax.process_count()
