@@ -80,6 +80,7 @@ class OperationBarriers:
         self._members = options.members()
         self._timeout_secs = options.barrier_timeout_secs or DEFAULT_BARRIER_TIMEOUT_SECS
         self._has_left = len(self._members) == 1  # and so has nobody to tell
+        self._is_over = False  # for all, who have the leader's answer that says why
 
     @functools.cached_property
     def _key(self) -> str:
@@ -172,8 +173,8 @@ class OperationBarriers:
                 _log.warning("%s", gone)
 
     def _tell(self, error: BaseException) -> BaseException:
-        if isinstance(error, OtherProcessError | ProcessesDisagreeError | BarrierTimeoutError):
-            return error  # they know: it came from the answer that all of them got
+        if self._is_over:
+            return error
         end = processes.found(f"{self._key}/end")
         if end is not None:  # this process was still writing when the primary removed what there was
             try:
@@ -181,11 +182,12 @@ class OperationBarriers:
             except CheckpointError as first:
                 return first
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        line = f"process {processes.index()} failed: {type(error).__name__}: {error}{notes}"
-        if processes.index() == self._leader:
-            processes.publish(f"{self._key}/end", f"{_FAILED}\n{line}")
-        else:
+        line = f"process {processes.index()} failed: {type(error).__name__}: {str(error).removesuffix('.')}{notes}"
+        leads = processes.index() == self._leader
+        if not leads:
             processes.publish(f"{self._key}/failed/{processes.index()}", line)
+        if leads or isinstance(error, BarrierTimeoutError):  # the others wait for the leader too, which may never come
+            processes.publish(f"{self._key}/end", f"{_FAILED}\n{line}")
         return error
 
     # -------------------------------------------------------------- the leader
@@ -195,6 +197,7 @@ class OperationBarriers:
         processes.publish(f"{self._key}/answer/{name}", f"{kind}\n{text}")
         if kind != _GOES_ON:
             processes.publish(f"{self._key}/end", f"{kind}\n{text}")
+            self._is_over = True
         _raise(kind, text)
         return text
 
@@ -237,6 +240,7 @@ class OperationBarriers:
             answer = answer or processes.found(f"{self._key}/end")
             if answer is not None:
                 kind, _, text = answer.partition("\n")
+                self._is_over = kind != _GOES_ON
                 _raise(kind, text)
                 return text
             pause_secs = min(2 * pause_secs + 0.02, 1.0)
@@ -248,7 +252,8 @@ class OperationBarriers:
 
 def _raise(kind: str, text: str) -> None:
     if kind == _FAILED:
-        raise OtherProcessError(f"{text}. Nothing was committed; what was committed before is untouched.")
+        # Not "nothing was": the leader may have committed while another process gave up waiting for that.
+        raise OtherProcessError(f"{text}. Nothing more is committed; what was committed before is untouched.")
     if kind == _DISAGREES:
         raise ProcessesDisagreeError(f"{text}. Nothing was written; give every process the same.")
     if kind == _IS_LATE:

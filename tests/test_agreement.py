@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 
 import jax
 import pytest
 from jax._src import distributed
 
-from ckpt_hooks import MultiprocessingOptions, processes
+from ckpt_hooks import MultiprocessingOptions, agreement, processes
 from ckpt_hooks.agreement import OperationBarriers
-from ckpt_hooks.errors import OtherProcessError
+from ckpt_hooks.errors import BarrierTimeoutError, OtherProcessError
 
 
 class GoneService:
@@ -69,25 +71,50 @@ class Service:
             raise jax.errors.JaxRuntimeError("NOT_FOUND")
         return self._lines[key]
 
+    def blocking_key_value_get(self, key: str, timeout_ms: int) -> str:
+        if key not in self._lines:
+            time.sleep(timeout_ms / 1000)
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self._lines[key]
+
     def key_value_increment(self, key: str, by: int) -> int:
         self._lines[key] = str(int(self._lines.get(key, 0)) + by)
         return int(self._lines[key])
 
 
-def test_who_fails_because_another_failed_first_reports_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that was still writing when process 0 gave the save up fails too, but its failure is not the cause."""
+@pytest.fixture
+def run_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], OperationBarriers]:
+    """Makes this process one of three that save, of which process 0 leads; returns its barriers."""
     jax.devices()
     monkeypatch.setattr(distributed.global_state, "client", Service())
-    options = MultiprocessingOptions(active_processes={0, 1, 2})
+    options = MultiprocessingOptions(active_processes={0, 1, 2}, barrier_timeout_secs=0.2)
     of_process = [OperationBarriers(0, options) for _ in range(3)]
 
     def run_as(process: int) -> OperationBarriers:
         monkeypatch.setattr(processes, "index", lambda: process)
         return of_process[process]
 
+    return run_as
+
+
+def test_who_fails_because_another_failed_first_reports_the_first(run_as: Callable[[int], OperationBarriers]) -> None:
+    """A process that was still writing when process 0 gave the save up fails too, but its failure is not the cause."""
     run_as(1).fail(OSError(28, "No space left on device"))
     with pytest.raises(OtherProcessError, match="No space left"):
         run_as(0).meet("save")
     reported = run_as(2).fail(FileNotFoundError(2, "the temporary directory is gone"))
     assert isinstance(reported, OtherProcessError)
     assert "process 1 failed: OSError: [Errno 28] No space left" in str(reported)
+
+
+def test_who_gives_up_waiting_for_the_leader_tells_the_others(
+    run_as: Callable[[int], OperationBarriers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that wait for it too, and the leader when it comes: at once, with who gave up and who was missing."""
+    monkeypatch.setattr(agreement, "_GRACE_SECS", 0.0)
+    with pytest.raises(BarrierTimeoutError, match=r"did not come: \[0\]") as raised:
+        run_as(1).meet("save")
+    assert run_as(1).fail(raised.value) is raised.value
+    for process in (2, 0):
+        with pytest.raises(OtherProcessError, match=r"^process 1 failed: BarrierTimeoutError: .*'save'.*come: \[0\]"):
+            run_as(process).meet("save")
