@@ -158,7 +158,8 @@ class OperationBarriers:
             return error
         try:
             return self._tell(error)
-        except OtherProcessError:  # nobody can be told, and this process's own reason must not be lost in that
+        except Exception as gone:  # nobody can be told, and this process's own reason must not be lost in that
+            _log.warning("the other processes cannot be told of a failure: %s: %s", type(gone).__name__, gone)
             return error
         finally:
             self.leave()
@@ -169,7 +170,7 @@ class OperationBarriers:
             self._has_left = True
             try:
                 processes.leave(self._key, len(self._members))
-            except OtherProcessError as gone:  # what has been committed is no failure; the next barrier will be one
+            except Exception as gone:  # what has been committed is no failure; the next barrier will be one
                 _log.warning("%s", gone)
 
     def _tell(self, error: BaseException) -> BaseException:

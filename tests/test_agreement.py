@@ -16,11 +16,14 @@ from ckpt_hooks.errors import BarrierTimeoutError, OtherProcessError
 
 
 class GoneService:
-    """A client that nobody answers, with JAX's error of this case."""
+    """A client that nobody answers, with JAX's error of this case, or with another one."""
+
+    def __init__(self, says: str = "UNAVAILABLE: recvmsg:Connection reset by peer") -> None:
+        self._says = says
 
     def __getattr__(self, name: str) -> object:
         def unanswered(*arguments: object, **keywords: object) -> None:
-            raise jax.errors.JaxRuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer")
+            raise jax.errors.JaxRuntimeError(self._says)
 
         return unanswered
 
@@ -42,6 +45,13 @@ def test_a_barrier_says_which_process_to_look_at(barriers: OperationBarriers) ->
 
 def test_a_failure_that_cannot_be_told_keeps_its_own_reason(barriers: OperationBarriers) -> None:
     """The others are dead already; what is wrong here is what the user has to read."""
+    disk_full = OSError(28, "No space left on device")
+    assert barriers.fail(disk_full) is disk_full
+
+
+def test_a_service_that_fails_hides_no_failure(barriers: OperationBarriers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it answers to who wants to tell the others of one, or to leave."""
+    monkeypatch.setattr(distributed.global_state, "client", GoneService("INTERNAL: RPC failed"))
     disk_full = OSError(28, "No space left on device")
     assert barriers.fail(disk_full) is disk_full
 
