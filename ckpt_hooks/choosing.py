@@ -101,7 +101,7 @@ def _read_together(
                 barriers.leave()  # everybody has it
                 if have_own and decision["error"] == errors.CheckpointNotFoundError.__name__:
                     _reject_above(run, -1)  # a first save that not all have committed: the run begins afresh
-                raise getattr(errors, decision["error"])(decision["text"])
+                raise leader.error or _as_of_the_leader(decision)
             outcome, result = _attempt(run, decision["step"], read, may_reject=asked is None)
             decision = json.loads(barriers.consult(f"read.{number}", outcome, leader.judge))
             if decision.get("restored"):
@@ -152,6 +152,7 @@ class _Leader:
         self._rejected: dict[int, str] = {}
         self._num_absences = 0
         self._common: set[int] | None = None  # the steps that all have, where each has a directory of its own
+        self.error: CheckpointError | None = None  # why there is none to read
 
     def find_common(self, said: Mapping[int, str]) -> str:
         """Goes on with the steps that every process has."""
@@ -164,8 +165,13 @@ class _Leader:
             self._step = self._newest() if self._asked is None else self._asked()
             self._run.require(self._step)
         except CheckpointError as error:
-            return _error(error)
+            return self._fails(error)
         return json.dumps({"step": self._step})
+
+    def _fails(self, error: CheckpointError) -> str:
+        """An error that every process is to raise: the leader this one, with its traceback and cause."""
+        self.error = error
+        return json.dumps({"error": type(error).__name__, "text": str(error), "errno": getattr(error, "errno", None)})
 
     def _newest(self) -> int:
         run, rejected = self._run, self._rejected
@@ -185,7 +191,7 @@ class _Leader:
             if self._num_absences <= _MAX_ABSENCES:
                 time.sleep(self._num_absences * _PAUSE_SECS)  # a network file system may lag
                 return self.choose()
-            return _error(
+            return self._fails(
                 NotSharedError(
                     f"step {self._step} is not in {self._run.path} for processes [{some_of(absent)}], but it is for "
                     f"process {processes.index()}. Is it the same directory for all of them?"
@@ -199,6 +205,8 @@ class _Leader:
         return json.dumps({"step": self._step, "restored": True, "rejected": self._rejected})
 
 
-def _error(error: CheckpointError) -> str:
-    """An error that every process is to raise."""
-    return json.dumps({"error": type(error).__name__, "text": str(error)})
+def _as_of_the_leader(decision: Mapping[str, Any]) -> CheckpointError:
+    error: type[CheckpointError] = getattr(errors, decision["error"])
+    if error is errors.StorageError:  # the one whose `errno` is not the same for the whole class
+        return error(decision["errno"], decision["text"])
+    return error(decision["text"])

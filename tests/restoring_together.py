@@ -263,6 +263,13 @@ def together(folder: Path) -> Any:
     report["no such step"] = outcome(lambda: restored_step(manager(), step=7))
     report["disagree"] = outcome(lambda: restored_step(manager(), step=2 if process == last else None))
 
+    # Process 0, which chooses, cannot look at the newest step.
+    with look_that_fails(folder / "run" / "3") if process == 0 else contextlib.nullcontext():
+        try:
+            restored_step(manager())
+        except ckpt_hooks.errors.StorageError as error:
+            report["no look"] = {"errno": error.errno, "text": str(error), "cause": type(error.__cause__).__name__}
+
     # An empty run: all begin afresh, or as another run was.
     with ckpt_hooks.CheckpointHook(folder / "empty", timeout_secs=60) as hook:
         report["empty"] = [hook.restore(target) is target, hook.start_step]
@@ -286,6 +293,23 @@ def together(folder: Path) -> Any:
     local = ckpt_hooks.MultiprocessingOptions(primary_host=None)
     report["own storage"] = restored_step(manager(own.name, multiprocessing_options=local))
     return report
+
+
+@contextlib.contextmanager
+def look_that_fails(at: Path) -> Iterator[None]:
+    """A disk that cannot say whether there is something."""
+    stat = os.stat
+
+    def failing(path: Any, *arguments: Any, **keywords: Any) -> os.stat_result:
+        if not isinstance(path, int) and os.fsdecode(path) == str(at):
+            raise OSError(5, "Input/output error", str(path))
+        return stat(path, *arguments, **keywords)
+
+    os.stat = failing
+    try:
+        yield
+    finally:
+        os.stat = stat
 
 
 @contextlib.contextmanager

@@ -137,6 +137,14 @@ def test_an_error_in_one_process_reaches_all(reports: Any) -> None:
         assert f"process {len(others)} has restores a step that it names" in report["disagree"]
 
 
+def test_what_process_0_cannot_look_at_is_the_same_error_for_all(reports: Any) -> None:
+    """With the number of the failure; in process 0 it is the error itself, which has its cause."""
+    texts = {report["no look"].pop("text") for report in reports}
+    assert len(texts) == 1 and "/run/3: Input/output error" in texts.pop()
+    causes = ["OSError", *["NoneType"] * (len(reports) - 1)]
+    assert [report["no look"] for report in reports] == [{"errno": 5, "cause": cause} for cause in causes]
+
+
 def test_an_empty_run_is_empty_for_all(reports: Any) -> None:
     for report in reports:
         assert report["empty"] == [True, 0]
