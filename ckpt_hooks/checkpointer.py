@@ -328,8 +328,8 @@ class AsyncCheckpointer(Checkpointer):
     """A `Checkpointer` whose `save` returns as soon as the state is taken, and commits in the background.
 
     One save runs at a time: the next one waits for it. A failure is raised once, as SaveFailedError, by the next
-    call of any method. A program that ends right after a save commits it first; if that fails, it says so and exits
-    with a code that is not 0.
+    call that saves, restores, reads metadata, waits or closes. A program that ends right after a save commits it first;
+    if that fails, it says so and exits with a code that is not 0.
 
     Args:
       timeout_secs: bounds every wait for another process; `MultiprocessingOptions(barrier_timeout_secs=)` goes first.

@@ -82,7 +82,7 @@ class CheckpointManager:
     Attributes:
       requires_metrics: whether a save is refused once `BestN` would have to choose by a metric that nobody recorded.
 
-    A failure in the background is raised once, as SaveFailedError, by the next call of any method.
+    A failure in the background is raised once, as SaveFailedError, by the next call of any method but `is_empty`.
 
     >>> import numpy as np, tempfile
     >>> with CheckpointManager(tempfile.mkdtemp(), keep=2) as manager:
