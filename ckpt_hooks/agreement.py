@@ -22,7 +22,7 @@ from ckpt_hooks import events, processes
 from ckpt_hooks.errors import BarrierTimeoutError, CheckpointError, OtherProcessError, ProcessesDisagreeError
 from ckpt_hooks.processes import DEFAULT_BARRIER_TIMEOUT_SECS, MultiprocessingOptions
 
-__all__ = ["OperationBarriers", "Together", "some_of"]
+__all__ = ["OperationBarriers", "Together", "some_of", "tell_others"]
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +65,11 @@ class Together:
             self._barriers.fail(failure)
             raise
         self._barriers.leave()
+
+
+def tell_others(error: BaseException, options: MultiprocessingOptions) -> None:
+    """Tells those that are about to begin their next operation that this process will not."""
+    OperationBarriers(processes.next_operation_id(options), options).fail(error)
 
 
 class OperationBarriers:

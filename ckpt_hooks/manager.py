@@ -10,8 +10,8 @@ from typing import Any, Literal, Self, TypeVar, cast
 
 from etils import epath
 
-from ckpt_hooks import events, processes, retention, train_state
-from ckpt_hooks.agreement import OperationBarriers, Together
+from ckpt_hooks import events, retention, train_state
+from ckpt_hooks.agreement import Together, tell_others
 from ckpt_hooks.arguments import given_or_new
 from ckpt_hooks.changes import EXACT, Changes
 from ckpt_hooks.checkpointer import DEFAULT_TIMEOUT_SECS, AsyncCheckpointer, Checkpointer
@@ -187,7 +187,7 @@ class CheckpointManager:
             if self._decides and (run.rejected or is_named(path)):
                 run.make_way(step)
         except BaseException as error:
-            self._tell_others(error)
+            tell_others(error, self._processes)
             raise
         self.checkpointer.save_args(
             path,
@@ -197,10 +197,6 @@ class CheckpointManager:
             metrics=numbers,
             on_commit=functools.partial(self._after_commit, step, numbers),
         )
-
-    def _tell_others(self, error: BaseException) -> None:
-        """The other processes, which are about to save, that this one will not."""
-        OperationBarriers(processes.next_operation_id(self._processes), self._processes).fail(error)
 
     def _save_args(self, state: Any, numbers: Mapping[str, Any], items: Mapping[str, Any]) -> CompositeArgs:
         if state is None:
@@ -278,8 +274,12 @@ class CheckpointManager:
         objects: Mapping[str, Any] | None = None,
     ) -> tuple[int, Any]:
         """(the step that was restored, the state): `restore` for who needs to know which step it was."""
-        self.wait()
-        request = RestoreRequest(like, items=items, changes=changes, objects=objects or {})
+        try:
+            self.wait()
+            request = RestoreRequest(like, items=items, changes=changes, objects=objects or {})
+        except BaseException as error:
+            tell_others(error, self._processes)
+            raise
         asked = None if step is None or step == "latest" else functools.partial(self._number_of, step)
         number, (restored, states) = read_chosen(self._run, asked, request.read, self._processes)
         return number, request.deliver(restored, states)

@@ -260,6 +260,10 @@ def together(folder: Path) -> Any:
     report["misfit"] = outcome(lambda: restored_step(manager()))
     target = params()
 
+    # One process gives an object that has no state.
+    objects = {"data": object()} if process == last else {}
+    report["no object"] = outcome(lambda: restored_step(manager(), objects=objects))
+
     report["no such step"] = outcome(lambda: restored_step(manager(), step=7))
     report["disagree"] = outcome(lambda: restored_step(manager(), step=2 if process == last else None))
 

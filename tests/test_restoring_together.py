@@ -129,8 +129,10 @@ def test_the_leader_chooses_whatever_the_others_would_find(reports: Any) -> None
 def test_an_error_in_one_process_reaches_all(reports: Any) -> None:
     *others, last = reports
     assert last["misfit"].startswith("StructureMismatchError")
+    assert last["no object"].startswith("InvalidArgumentTypeError")
     for report in others:
         assert f"process {len(others)} failed: StructureMismatchError" in report["misfit"]
+        assert f"process {len(others)} failed: InvalidArgumentTypeError" in report["no object"]
     for report in reports:
         assert report["no such step"].startswith("CheckpointNotFoundError") and "[1, 2, 3]" in report["no such step"]
         assert report["disagree"].startswith("ProcessesDisagreeError")
