@@ -58,14 +58,14 @@ EFFECTS = frozenset(
             "check_recorded",
             "check_custom_metadata",
         ),
-        *("require_free_bytes", "require_finalized", "_seal", "_write_marker", "make_way", "reject", "callback"),
+        *("require_free_bytes", "require_finalized", "seal", "_write_marker", "make_way", "reject", "callback"),
     }
 )
 # Calls whose answer is taken for granted, and what that answer then is.
 ANSWERS = {
     "is_committed": "True",
     "is_temporary": "False",
-    "_is_incomplete": "False",
+    "is_incomplete": "False",
     "_is_dead": "True",
     "_take_back": "False",
     "_exchange": "False",
@@ -79,7 +79,7 @@ ANSWERS = {
 DURABILITY = frozenset({"fsync", "fdatasync", "sync_file", "sync_directory", "sync_tree"})
 # `if ...: raise` in these files; elsewhere a guard protects an argument and not a checkpoint.
 GUARDED = re.compile(
-    r"storage/(?!foreign)|temporary_paths|checkpointer|manager|run|restoring|reading|loading|matching|threads"
+    r"storage/(?!foreign)|temporary_paths|checkpointer|manager|run|restoring|reading|loading|matching|threads|committed"
 )
 
 

@@ -26,7 +26,7 @@ from ckpt_hooks.errors import CheckpointError, InvalidArgumentError, SaveFailedE
 from ckpt_hooks.handlers.base import CheckpointArgs, StagedSave, args_for_handler, method_of
 from ckpt_hooks.handlers.legacy import recorded_name, unwrapped, wrap_legacy
 from ckpt_hooks.loud_exit import untold
-from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, check_custom_metadata, metadata_store
+from ckpt_hooks.metadata import MetadataStore, StepMetadata, check_custom_metadata, metadata_store
 from ckpt_hooks.own_files import is_of_another
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.reading import describe_checkpoint, read_checkpoint
@@ -179,7 +179,7 @@ class Checkpointer:
         """All that must happen before the caller may change the state."""
         start_secs = time.perf_counter()
         events.record_event(events.WRITE_START)
-        temporary = self._temporary_path_class.from_final(final, **self._path_options)
+        temporary = self.get_temporary_path(final)
         temporary.replaces, temporary.is_others, temporary.store_blocks = force, self._is_others, self._store_blocks
         operation, options = next(self._operation_ids), self._multiprocessing_options
         save = _Save(final, temporary, operation, on_commit, start_secs)
@@ -233,7 +233,7 @@ class Checkpointer:
         events.record_duration_secs(events.WRITE_ITEMS_SECS, written_secs - start_secs)
         self._barrier(written, save.operation)
         if self._is_primary:
-            self._commit(save.temporary)
+            self._commit(save)
             events.record_duration_secs(events.WRITE_COMMIT_SECS, time.perf_counter() - written_secs)
         try:
             self._barrier(committed, save.operation)
@@ -246,13 +246,12 @@ class Checkpointer:
         self.last_save_secs = time.perf_counter() - save.start_secs
         events.record_duration_secs(events.WRITE_TOTAL_SECS, self.last_save_secs)
 
-    def _commit(self, temporary: TemporaryPath) -> None:
-        self._finalize(temporary.get())
-        temporary.finalize()
-        if temporary.recorded:  # the class has a `finalize` of its own, which has not written them
-            if not is_directory(temporary.get_final()):
-                raise CheckpointError(f"{type(temporary).__qualname__}.finalize() has not made the checkpoint")
-            self._store.update(temporary.get_final() / METADATA_FILE, **temporary.recorded)
+    def _commit(self, save: _Save) -> None:
+        self._finalize(save.temporary.get())
+        save.temporary.seal(self._store)  # and not in `finalize`, which may be one of the user's
+        save.temporary.finalize()
+        if not is_directory(save.final):
+            raise CheckpointError(f"{type(save.temporary).__qualname__}.finalize() has not made the checkpoint")
 
     def _failed(self, save: _Save, error: BaseException) -> BaseException:
         """Clears up after a save that failed, and reports it; the error to raise says what to do."""

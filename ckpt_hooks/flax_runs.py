@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 
+from ckpt_hooks.committed import is_committed
 from ckpt_hooks.storage.lookup import is_directory, is_file
-from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["PREFIX", "checkpoints_named_otherwise", "flax_path", "is_flax_checkpoint"]
 

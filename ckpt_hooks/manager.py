@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import threading
@@ -19,7 +20,7 @@ from ckpt_hooks.choosing import is_empty, read_chosen
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, explain_os_error
 from ckpt_hooks.graph_objects import NNX, GraphObjects
 from ckpt_hooks.handlers.base import CheckpointArgs
-from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler
+from ckpt_hooks.handlers.composite import CompositeArgs, CompositeCheckpointHandler, CompositeOptions
 from ckpt_hooks.handlers.iterator import IteratorSaveArgs, require_stateful
 from ckpt_hooks.handlers.json import JsonSaveArgs
 from ckpt_hooks.handlers.pytree import ArrayOptions, StandardSaveArgs
@@ -116,7 +117,9 @@ class CheckpointManager:
         self._decides = self._processes.is_primary()  # what clocks, listings and files say, for all processes
         options: Any = {"multiprocessing_options": self._processes, "file_options": files}
         array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)
-        handler = CompositeCheckpointHandler(handler_registry=item_handlers(array_options))
+        handler = CompositeCheckpointHandler(
+            handler_registry=item_handlers(array_options), composite_options=CompositeOptions(file_options=files)
+        )
         self.checkpointer: Checkpointer = (
             AsyncCheckpointer(handler, timeout_secs=timeout_secs, **options)
             if async_save
@@ -312,7 +315,10 @@ class CheckpointManager:
         None for an empty run. Raises MetricNotFoundError where no checkpoint recorded the metric.
         """
         self._raise_failure()
-        return retention.best_step(self._run.all_metrics(), *self._retention.ranking(metric, mode))
+        recorded = self._run.all_metrics()
+        if not recorded and metric is None:
+            return None
+        return retention.best_step(recorded, *self._retention.ranking(metric, mode))
 
     def metadata(self, step: int) -> StepMetadata:
         """The step metadata of a checkpoint. Raises CheckpointNotFoundError where there is none."""
@@ -321,7 +327,8 @@ class CheckpointManager:
 
         def verified() -> StepMetadata:
             self._run.metadata(step)
-            return read_metadata(path)
+            found = read_metadata(path)
+            return found if found.metrics else dataclasses.replace(found, metrics=dict(self._run.metrics(step)))
 
         return read_unchanged(path, verified)
 
@@ -339,11 +346,10 @@ class CheckpointManager:
     @_one_at_a_time
     def record_metrics(self, step: int, metrics: Any) -> None:
         """Adds metrics that arrived after the save; retention looks again."""
-        numbers = to_json_numbers(metrics)
-        step = check_step(step)
-        self.wait()
         with Together(self._processes, f"recorded metrics of step {step}") as all_processes:
-            self._run.require(step)
+            numbers = to_json_numbers(metrics)
+            self.wait()
+            self._run.require(check_step(step))
             if all_processes.decides:
                 self._record_metrics(step, numbers)
 
@@ -358,8 +364,8 @@ class CheckpointManager:
     @_one_at_a_time
     def rollback(self, step: int) -> None:
         """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""
-        self.wait()
         with Together(self._processes, f"rolled back to step {step}") as all_processes:
+            self.wait()
             self._run.require(check_step(step))
             if all_processes.decides:
                 self._run.lock()
@@ -368,8 +374,8 @@ class CheckpointManager:
     @_one_at_a_time
     def delete(self, step: int) -> None:
         """Removes a checkpoint. Raises CheckpointNotFoundError where there is none."""
-        self.wait()
         with Together(self._processes, f"deleted step {step}") as all_processes:
+            self.wait()
             if all_processes.decides:
                 if not is_directory(self._run.step_path(check_step(step))):
                     self._run.require(step)

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from ckpt_hooks import tree
+from ckpt_hooks.committed import has_early_tree
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedLeafError
 from ckpt_hooks.loading import SavedTree
 from ckpt_hooks.storage.array_info import ArrayInfo
 from ckpt_hooks.storage.lookup import is_directory, is_file, is_there
 from ckpt_hooks.storage.reader import Database
 from ckpt_hooks.storage.regions import Region, slices_of
-from ckpt_hooks.temporary_paths import has_early_tree
 
 __all__ = ["MsgpackTree", "open_tree"]
 

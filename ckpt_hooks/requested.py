@@ -10,13 +10,13 @@ import jax
 from ckpt_hooks import tree
 from ckpt_hooks.arguments import require_path
 from ckpt_hooks.changes import Changes
+from ckpt_hooks.committed import is_committed
 from ckpt_hooks.errors import CheckpointNotFoundError, IncompleteCheckpointError, InvalidArgumentError
 from ckpt_hooks.graph_objects import GraphObjects
 from ckpt_hooks.handlers.iterator import require_stateful, set_saved_state
 from ckpt_hooks.listing import is_run
 from ckpt_hooks.restoring import restore_checkpoint
 from ckpt_hooks.storage.lookup import is_directory, is_file, local_path
-from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["RestoreRequest", "check_names", "restore"]
 

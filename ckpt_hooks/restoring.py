@@ -15,6 +15,7 @@ from etils import epath
 
 from ckpt_hooks import events, structure, train_state, tree
 from ckpt_hooks.changes import EXACT, Changes
+from ckpt_hooks.committed import is_temporary
 from ckpt_hooks.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -40,7 +41,6 @@ from ckpt_hooks.reading import Watch, describe_checkpoint, read_checkpoint, read
 from ckpt_hooks.run import METRICS_ITEM, OvertakenError, RunDirectory
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.storage.lookup import is_directory
-from ckpt_hooks.temporary_paths import is_temporary
 
 __all__ = [
     "Rejected",

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ckpt_hooks.arguments import require_path
+from ckpt_hooks.committed import is_committed
 from ckpt_hooks.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -36,7 +37,6 @@ from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums, array_problems
 from ckpt_hooks.storage.lookup import content_of, is_directory, is_named, is_there, local_path
-from ckpt_hooks.temporary_paths import is_committed
 
 __all__ = ["METRICS_ITEM", "OvertakenError", "RunDirectory"]
 

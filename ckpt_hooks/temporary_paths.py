@@ -16,23 +16,22 @@ from typing import Any, Self
 
 from etils import epath
 
+from ckpt_hooks.committed import is_committed, is_incomplete, is_temporary
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
-    CorruptCheckpointError,
     DestinationExistsError,
     DiskFullError,
     IncompleteCheckpointError,
     InvalidArgumentError,
+    RunLockedError,
 )
-from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata, read_step_metadata
+from ckpt_hooks.metadata import METADATA_FILE, MetadataStore, StepMetadata
 from ckpt_hooks.processes import MultiprocessingOptions
 from ckpt_hooks.shared_directory import require_shared, token_of
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FILE, FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER
-from ckpt_hooks.storage.lookup import blocks_of, is_directory, is_file, is_named, is_there, local_path
-from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
-from ckpt_hooks.tree import STRUCTURE_FILE
+from ckpt_hooks.storage.lookup import is_directory, is_file, is_named, is_there, local_path
 
 __all__ = [
     "AtomicRenameTemporaryPath",
@@ -42,9 +41,6 @@ __all__ = [
     "TemporaryPath",
     "absolute_path",
     "check_destination",
-    "has_early_tree",
-    "is_committed",
-    "is_temporary",
     "require_finalized",
     "require_free_bytes",
 ]
@@ -78,13 +74,14 @@ class FileOptions:
 class TemporaryPath(abc.ABC):
     """Where one checkpoint is written: `create` it, fill `get()`, `finalize` it into `get_final()`.
 
-    Subclass it to commit in another way, and give the class to `Checkpointer(temporary_path_class=)`.
+    Subclass it to commit in another way, and give the class to `Checkpointer(temporary_path_class=)`. Its `finalize`
+    finds the metadata and checksums written (`seal`), and makes all of it durable.
 
     Attributes:
       replaces: whether a checkpoint that is at the final path already gives way to this one at the commit.
       is_others: of a path, whether it is a file that another process of this save makes durable; None where there is
         no other. If each synced all, a save by N processes would take N x N syncs.
-      recorded: fields of the step metadata that `finalize` writes, with the commit time.
+      recorded: fields of the step metadata that `seal` writes, with the commit time.
       store_blocks: whether the metadata store is known to block, and need not be waited for.
     """
 
@@ -93,6 +90,11 @@ class TemporaryPath(abc.ABC):
     is_others: Callable[[str], bool] | None = None
     writes_in_place = False
     store_blocks = False
+    # For a class that has a constructor of its own.
+    _created = False
+    _is_sealed = False
+    _lock: commit.DirectoryLock | None = None
+    _store: MetadataStore | None = None
 
     def __init__(
         self,
@@ -109,8 +111,6 @@ class TemporaryPath(abc.ABC):
         self._store = checkpoint_metadata_store
         self._file_options = file_options or FileOptions()
         self._multiprocessing_options = multiprocessing_options or MultiprocessingOptions()
-        self._lock: commit.DirectoryLock | None = None
-        self._created = False
 
     @classmethod
     @abc.abstractmethod
@@ -125,7 +125,7 @@ class TemporaryPath(abc.ABC):
     def is_finalized(cls, path: Any) -> bool:
         """Whether `path` was committed in this class's way."""
         directory = os.fspath(path)
-        return is_directory(directory) and not is_temporary(directory) and not _is_incomplete(directory)
+        return is_directory(directory) and not is_temporary(directory) and not is_incomplete(directory)
 
     def get(self) -> epath.Path:
         """Where to write. Raises ValueError before `create`."""
@@ -147,8 +147,12 @@ class TemporaryPath(abc.ABC):
             self._remove_stale(path)
         commit.make_directory(path, self._file_options.path_permission_mode)
         self._created = True  # whatever fails from here on, `discard` removes it
-        # While this lock is held, no other writer takes the directory for one that a dead process left.
-        self._lock = commit.DirectoryLock(path)
+        try:
+            # While this lock is held, no other writer takes the directory for one that a dead process left.
+            self._lock = commit.DirectoryLock(path)
+        except RunLockedError:
+            self._created = False  # somebody has taken it for such a one already: what is there now is his
+            raise
         if self._store is not None:
             fields = {**_NEW_METADATA, "init_timestamp_nsecs": time.time_ns()}
             self._store.write(self._temporary / METADATA_FILE, fields)
@@ -190,23 +194,30 @@ class TemporaryPath(abc.ABC):
             _log.warning("writing the metadata of %s failed: %s", self._final, error)
 
     def _remove_stale(self, path: str) -> None:
-        commit.DirectoryLock(path).release()
-        commit.remove_tree(path)
+        lock = commit.DirectoryLock(path)  # until it is gone: another writer may have made it just now
+        try:
+            commit.remove_tree(path)
+        finally:
+            lock.release()
 
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
 
-    def _seal(self) -> None:
-        """Commit time, what is `recorded`, and checksums; whatever is written after this is not covered by them."""
-        if self._store is not None:
-            fields = {**self.recorded, "commit_timestamp_nsecs": time.time_ns()}
-            self._store.update(self._temporary / METADATA_FILE, **fields)
-            self.recorded = {}
+    def seal(self, store: MetadataStore | None = None) -> None:
+        """Writes the commit time, what is `recorded`, and checksums; what is written after this is not covered by them.
+
+        With a metadata store for a class that keeps none.
+        """
+        if self._is_sealed:
+            return
+        path, store = self.get(), self._store or store
+        if store is not None:
+            store.update(path / METADATA_FILE, **self.recorded, commit_timestamp_nsecs=time.time_ns())
             if not self.store_blocks:
-                self._store.wait_until_finished()
-        path = os.fspath(self._temporary)
-        commit.write_file(os.path.join(path, FILE), FileChecksums.of_directory(path).encode())
+                store.wait_until_finished()
+        commit.write_file(os.path.join(path, FILE), FileChecksums.of_directory(os.fspath(path)).encode())
+        self._is_sealed = True
 
     def _write_marker(self) -> None:
         text = f"Checkpoint commit was successful to {self._final}"
@@ -227,7 +238,7 @@ class AtomicRenameTemporaryPath(TemporaryPath):
 
     def finalize(self) -> None:
         path = os.fspath(self.get())
-        self._seal()
+        self.seal()
         self._write_marker()
         commit.sync_tree(path, self.is_others)
         commit.publish(path, os.fspath(self._final), replace=self.replaces)
@@ -276,7 +287,7 @@ class CommitFileTemporaryPath(TemporaryPath):
 
     def finalize(self) -> None:
         path = os.fspath(self.get())
-        self._seal()
+        self.seal()
         commit.sync_tree(path, self.is_others)
         # The marker only after everything else is durable: it may reach the disk before the rest otherwise.
         self._write_marker()
@@ -299,57 +310,6 @@ class CommitFileTemporaryPath(TemporaryPath):
 
 
 # ------------------------------------------------------------------ what is a checkpoint
-
-
-def is_temporary(path: Any) -> bool:
-    """Whether the name says that this is not a checkpoint yet."""
-    return commit.TMP_SUFFIX in os.path.basename(os.fspath(path))
-
-
-def is_committed(path: Any) -> bool:
-    """Whether a directory is a checkpoint: it has a commit marker, or what Orbax left when it wrote none.
-
-    An empty directory is not one, and neither is one whose step metadata has no commit time.
-    """
-    directory = os.fspath(path)
-    if is_temporary(directory) or not is_there(directory) or not is_directory(directory):
-        return False
-    if is_there(os.path.join(directory, COMMIT_MARKER)):
-        return True
-    if _is_incomplete(directory):
-        return False
-    names = (METADATA_FILE, FILE, TREE_METADATA_FILE)
-    if any(is_there(os.path.join(directory, name)) for name in names):
-        return True
-    try:
-        entries = os.listdir(directory)
-    except FileNotFoundError:
-        return False  # removed since the first look at it
-    inside = [directory, *(os.path.join(directory, name) for name in entries)]
-    return any(is_there(os.path.join(path, TREE_METADATA_FILE)) or has_early_tree(path) for path in inside)
-
-
-def has_early_tree(directory: str) -> bool:
-    """Whether a directory holds a tree as Orbax wrote it at first: a file `checkpoint` that is a msgpack map."""
-    path = os.path.join(directory, STRUCTURE_FILE)
-    try:
-        return is_file(path) and next(blocks_of(path), b"")[:1] in _MAPS  # TensorFlow's file of this name is text
-    except FileNotFoundError:  # removed in between
-        return False
-
-
-_MAPS = frozenset(bytes([code]) for code in (*range(0x80, 0x90), 0xDE, 0xDF))
-
-
-def _is_incomplete(directory: str) -> bool:
-    """Whether a save has begun here and has not come to its end."""
-    if is_there(os.path.join(directory, COMMIT_MARKER)):
-        return False
-    try:
-        metadata = read_step_metadata(directory)
-    except CorruptCheckpointError:
-        return False  # damaged, which is something else: whoever reads it is told
-    return metadata is not None and metadata.commit_timestamp_nsecs is None
 
 
 def check_destination(final: epath.Path, path_class: type[TemporaryPath], *, force: bool) -> None:

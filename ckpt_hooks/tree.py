@@ -108,14 +108,15 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """
     try:
         leaves, structure = jax.tree_util.tree_flatten(tree)
-        names = _names_of.get(structure)
-    except (TypeError, ValueError):  # what JAX cannot flatten, or metadata that cannot be hashed or compared
+        known = structure, str(structure)  # to Python, keys 1, 1.0 and True are one, and "a" and a string enum of it
+        names = _names_of.get(known)
+    except Exception:  # what JAX cannot flatten, or metadata that cannot be hashed, compared or shown
         return {leaf.name: leaf.value for leaf in flatten(tree) if not leaf.is_empty}
     if names is None:
         names = [leaf.name for leaf in flatten(tree) if not leaf.is_empty]
         if len(_names_of) >= _CACHED_STRUCTURES:
             _names_of.clear()
-        _names_of[structure] = names
+        _names_of[known] = names
     return dict(zip(names, leaves, strict=True))
 
 

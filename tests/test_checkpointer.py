@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax.monitoring
 import numpy as np
@@ -18,6 +18,7 @@ import pytest
 from etils import epath
 
 from ckpt_hooks import (
+    AsyncCheckpointer,
     AtomicRenameTemporaryPath,
     CheckpointArgs,
     Checkpointer,
@@ -30,14 +31,16 @@ from ckpt_hooks import (
     MetadataStore,
     MultiprocessingOptions,
     StandardCheckpointHandler,
+    TemporaryPath,
     args,
     errors,
     metadata_store,
     register_with_handler,
 )
+from ckpt_hooks.committed import is_temporary
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FileChecksums
-from ckpt_hooks.temporary_paths import absolute_path, is_temporary
+from ckpt_hooks.temporary_paths import absolute_path
 from tests.faulty import fail
 from tests.sameness import bits
 
@@ -195,17 +198,73 @@ def test_temporary_path_class_is_used(tmp_path: Path) -> None:
             checkpointer.restore(tmp_path / "c")
 
 
-def test_a_commit_of_another_kind_keeps_the_metadata(tmp_path: Path) -> None:
-    """A path class whose `finalize` is its own, and writes no metadata, loses neither the user's nor the handler."""
+class MovedPath(AtomicRenameTemporaryPath):
+    """Commits without a word about what makes a checkpoint."""
 
-    class MovedPath(AtomicRenameTemporaryPath):
-        def finalize(self) -> None:
-            self.get().rename(self.get_final())
+    def finalize(self) -> None:
+        self.get().rename(self.get_final())
 
-    with Checkpointer(NoteHandler(), temporary_path_class=MovedPath) as checkpointer:
-        checkpointer.save(tmp_path / "c", "a", custom_metadata={"epoch": 1})
+
+class OwnPath(TemporaryPath):
+    """Nothing of it is ours but the name."""
+
+    def __init__(self, final: epath.Path) -> None:
+        self._path, self._final_path = final.parent / f"{final.name}.orbax-checkpoint-tmp", final
+
+    @classmethod
+    def from_final(cls, final_path: Any, **options: Any) -> Self:
+        return cls(epath.Path(final_path))
+
+    def create(self) -> epath.Path:
+        self._path.mkdir()
+        return self._path
+
+    def get(self) -> epath.Path:
+        return self._path
+
+    def get_final(self) -> epath.Path:
+        return self._final_path
+
+    def finalize(self) -> None:
+        self._path.rename(self._final_path)
+
+
+@pytest.mark.parametrize("path_class", [MovedPath, OwnPath])
+@pytest.mark.parametrize("checkpointer_class", [Checkpointer, AsyncCheckpointer])
+def test_a_commit_of_another_kind_is_whole(
+    tmp_path: Path, checkpointer_class: type[Checkpointer], path_class: type[TemporaryPath]
+) -> None:
+    """A path class whose `finalize` is its own, and writes no metadata, makes checkpoints that are verified."""
+    with checkpointer_class(StandardCheckpointHandler(), temporary_path_class=path_class) as checkpointer:
+        checkpointer.save(tmp_path / "c", {"w": np.arange(3)}, custom_metadata={"epoch": 1})
     found = read_step_file(tmp_path / "c")
-    assert found["custom_metadata"] == {"epoch": 1} and "NoteHandler" in found["item_handlers"]
+    assert found["custom_metadata"] == {"epoch": 1} and "StandardCheckpointHandler" in found["item_handlers"]
+    with Checkpointer(StandardCheckpointHandler()) as plain:
+        np.testing.assert_array_equal(plain.restore(tmp_path / "c")["w"], np.arange(3))
+        (tmp_path / "c" / "_METADATA").write_bytes(b"{}")
+        with pytest.raises(errors.CorruptCheckpointError):
+            plain.restore(tmp_path / "c")
+
+
+def test_a_path_class_of_ones_own_hides_no_error(tmp_path: Path) -> None:
+    """What is there already is told, whatever the class has of ours."""
+    (tmp_path / "c").mkdir()
+    with (
+        Checkpointer(NoteHandler(), temporary_path_class=OwnPath) as checkpointer,
+        pytest.raises(errors.DestinationExistsError),
+    ):
+        checkpointer.save(tmp_path / "c", "a")
+
+
+def test_get_temporary_path_says_where_a_save_goes(tmp_path: Path) -> None:
+    """Who overrides it is asked by `save`."""
+
+    class Elsewhere(Checkpointer):
+        def get_temporary_path(self, directory: Any) -> TemporaryPath:
+            return super().get_temporary_path(tmp_path / "elsewhere" / os.path.basename(directory))
+
+    with Elsewhere(NoteHandler()) as checkpointer, pytest.raises(errors.CheckpointError, match="has not made"):
+        checkpointer.save(tmp_path / "c", "a")
 
 
 def test_a_commit_that_makes_nothing_is_an_error(tmp_path: Path) -> None:

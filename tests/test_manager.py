@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 import ckpt_hooks
-from ckpt_hooks import BestN, CheckpointManager, EveryNSteps, LatestN
+from ckpt_hooks import BestN, CheckpointManager, EveryNSteps, FileOptions, LatestN
 from ckpt_hooks.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -105,6 +106,7 @@ def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 
 def test_an_empty_run_has_no_steps_and_no_latest_or_best(make: Make, run: Path) -> None:
     """A run without checkpoints has no steps, and None as its latest and best one."""
+    assert make().best_step() is None
     manager = make(keep=BestN(1, "loss"))
     assert manager.steps() == []
     assert manager.latest_step() is None
@@ -959,6 +961,15 @@ def test_relative_directories_and_a_change_of_directory(tmp_path: Path, monkeypa
         manager.wait()
         assert os.fspath(manager.directory) == str(tmp_path / "run")
     assert (tmp_path / "run" / "1").is_dir()
+
+
+def test_file_options_hold_for_items_too(run: Path) -> None:
+    """A group that shares a run may remove what is in it."""
+    with CheckpointManager(run, file_options=FileOptions(path_permission_mode=0o770)) as manager:
+        save_steps(manager, 1, metrics={"loss": 0.5})
+    folders = [path for path in (run / "1", *(run / "1").iterdir()) if path.is_dir()]
+    assert len(folders) == 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o770}
 
 
 # ------------------------------------------------------------------ writers

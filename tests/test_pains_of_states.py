@@ -5,6 +5,7 @@ Names that collide, targets that do not fit, zero-size and bare arrays, fewer de
 
 from __future__ import annotations
 
+import enum
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -221,10 +222,18 @@ def test_an_equinox_module_with_functions_needs_no_wrapper(tmp_path: Path) -> No
     assert eqx.tree_equal(restored, init(0))
 
 
-def test_a_key_keeps_its_name_whatever_was_saved_before(tmp_path: Path) -> None:
+class Color(str, enum.Enum):  # noqa: UP042  (the text of a StrEnum is its value)
+    """As a key it is equal to a string, which is not its name."""
+
+    RED = "red"
+
+
+@pytest.mark.parametrize("keys", [[1, True, 1.0], [Color.RED, "red"], ["red", Color.RED]])
+def test_a_key_keeps_its_name_whatever_was_saved_before(tmp_path: Path, keys: list[Any]) -> None:
     """To Python 1, 1.0 and True are one key, and to a checkpoint three, in any order and process."""
-    for step, key in enumerate([1, True, 1.0], 1):
+    for step, key in enumerate(keys, 1):
         with CheckpointManager(tmp_path) as manager:
-            manager.save(step, {"params": {key: np.ones(step)}})
+            manager.save(step, {"params": {key: np.ones(3)}})
             manager.wait()
             assert list(manager.restore()["params"]) == [str(key)]
+            assert list(manager.restore({"params": {key: np.zeros(3)}})["params"]) == [key]

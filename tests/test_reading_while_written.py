@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from ckpt_hooks import CheckpointManager, reading
+from ckpt_hooks.committed import is_committed
 from ckpt_hooks.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.reading import read_unchanged
 from ckpt_hooks.restoring import read_newest, restore_checkpoint
 from ckpt_hooks.run import RunDirectory
-from ckpt_hooks.temporary_paths import is_committed
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from ckpt_hooks import (
     errors,
     metadata_store,
 )
+from ckpt_hooks.committed import is_committed, is_temporary
 from ckpt_hooks.storage import commit
 from ckpt_hooks.storage.checksums import FileChecksums
-from ckpt_hooks.temporary_paths import is_committed, is_temporary
 from tests.faulty import delay, fail
 
 MARKER = "commit_success.txt"
@@ -363,6 +363,39 @@ def test_live_writer_is_not_disturbed(tmp_path: Path, kind: Any) -> None:
         assert commit.remove_dead_temporaries(os.fspath(tmp_path)) == []
     first.finalize()
     assert (tmp_path / "7" / "text").read_text() == "a"
+
+
+def test_what_another_writer_has_taken_meanwhile_is_his(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who loses the directory between making and locking it is refused, and does not remove it when he clears up."""
+    make_directory, held = commit.make_directory, []
+
+    def taken_at_once(path: str, mode: int | None = None) -> None:
+        make_directory(path, mode)
+        held.append(commit.DirectoryLock(path))
+
+    temporary = temporary_of(tmp_path / "7")
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "make_directory", taken_at_once)
+        with pytest.raises(errors.RunLockedError):
+            temporary.create()
+    temporary.discard()
+    assert os.listdir(tmp_path) == [f"7{SUFFIX}"]
+
+
+def test_what_a_dead_writer_left_is_locked_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a writer that begins anew meanwhile would lose what he has just made."""
+    (tmp_path / f"7{SUFFIX}").mkdir()
+    remove_tree, others = commit.remove_tree, []
+
+    def begun_meanwhile(path: str) -> None:
+        with pytest.raises(errors.RunLockedError) as refused:
+            commit.DirectoryLock(path)
+        others.append(refused)
+        remove_tree(path)
+
+    monkeypatch.setattr(commit, "remove_tree", begun_meanwhile)
+    temporary_of(tmp_path / "7").create()
+    assert len(others) == 1
 
 
 def test_dead_writers_temporary_is_removed(tmp_path: Path) -> None:

@@ -294,11 +294,12 @@ def test_a_pipe_in_the_place_of_a_tree_is_not_waited_for(run: Path) -> None:
 
 
 def test_a_step_is_described(saved_run: Path) -> None:
-    """metadata has Orbax's custom metadata and times, and shapes and dtypes of its arrays."""
+    """metadata has Orbax's custom metadata, metrics and times, and shapes and dtypes of its arrays."""
     with CheckpointManager(saved_run) as ours:
         metadata = ours.metadata(2)
         assert ours.verify(2) == []
     assert metadata.custom_metadata == {"note": "at 2"}
+    assert metadata.metrics == {"loss": 0.25}
     assert metadata.commit_timestamp_nsecs is not None
     assert metadata.item_metadata["default"]["params"]["w"] == jax.ShapeDtypeStruct((2, 3), jnp.float32)
 

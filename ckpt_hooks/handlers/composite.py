@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from ckpt_hooks.committed import is_temporary
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -39,7 +40,7 @@ from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER, TMP_SUFFIX
 from ckpt_hooks.storage.lookup import is_directory
-from ckpt_hooks.temporary_paths import FileOptions, NestedTemporaryPath, TemporaryPath, is_temporary
+from ckpt_hooks.temporary_paths import FileOptions, NestedTemporaryPath, TemporaryPath
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import is_it
 

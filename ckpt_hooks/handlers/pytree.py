@@ -263,11 +263,12 @@ class Plan:
             leaves, treedef = jax.tree_util.tree_flatten(item)
         except (TypeError, ValueError) as error:  # keys that cannot be sorted
             raise UnsupportedLeafError(f"the tree cannot be flattened by JAX: {error}") from error
-        key: Hashable = (treedef, writers, compresses, part_of, *_signatures(leaves))
         try:
+            # With its text: to Python, keys 1, 1.0 and True are one, and "a" and a string enum of it.
+            key: Hashable = (treedef, str(treedef), writers, compresses, part_of, *_signatures(leaves))
             with _cache_lock:
                 plan = _cache.get(key)
-        except (TypeError, ValueError):  # a node with metadata that cannot be hashed or compared
+        except Exception:  # a node with metadata that cannot be hashed, compared or shown
             return cls(item, writers, compresses, part_of), leaves
         if plan is None:
             with _collection_paused():
