@@ -107,10 +107,10 @@ def describe_leaf(name: str, leaf: Any, writers: Writers = ALONE) -> LeafPlan:
         raise UnsupportedLeafError(
             f"{name or 'the state'}: a masked array would lose its mask; save `.data` and `.mask` as two arrays."
         )
+    if isinstance(leaf, str):  # before NumPy's, of which a string is one too
+        return LeafPlan("string", None)
     if isinstance(leaf, np.ndarray | np.generic):
         return LeafPlan("np.ndarray", ArraySpec.whole(name, leaf.shape, _storable(name, leaf.dtype)))
-    if isinstance(leaf, str):
-        return LeafPlan("string", None)
     for kind, dtype in _SCALAR_DTYPES.items():
         if isinstance(leaf, kind):
             return LeafPlan("scalar", ArraySpec.whole(name, (), dtype))

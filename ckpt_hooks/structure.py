@@ -111,7 +111,7 @@ def describe(node: Any) -> Record:
     >>> describe({"a": (1, 2), "b": [{"c": 3}]})
     {'children': {'a': {'type': 'tuple'}}}
     """
-    if isinstance(node, np.generic):
+    if isinstance(node, np.generic) and not isinstance(node, str):
         return {"scalar": True}
     if node is None or isinstance(node, _LEAF_CLASSES):
         return {}

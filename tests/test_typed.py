@@ -149,6 +149,11 @@ def test_a_dataclass_that_jax_does_not_know_may_be_the_state(tmp_path: Path) -> 
     assert restored.step == state.step
 
 
+def test_a_string_of_numpy_is_a_string(tmp_path: Path) -> None:
+    """It derives from Python's, and is saved as one."""
+    assert_same({"name": "digits"}, saved_and_restored(tmp_path, {"name": np.str_("digits")}))
+
+
 def test_items_are_typed_too(tmp_path: Path) -> None:
     """With `items` it is a dict, as always."""
     restored = saved_and_restored(tmp_path, make_experiment(), items=("opt_state",))
