@@ -122,7 +122,8 @@ class SavedTree:
         saved_names: Mapping[str, str] | None = None,
     ) -> list[Any]:
         """The values of the leaves of `like`, which `leaves` has under the same names."""
-        to_fit = match(leaves, targets, changes, item=os.path.basename(self._directory))
+        item = os.path.basename(self._directory)
+        to_fit = match(leaves, targets, changes, item=item)
         spreads = spreads_of(targets, lambda name: _shape_of(leaves[name]))
         old_names = targets if saved_names is None else {saved_names[name]: None for name in targets}
         if not spreads:
@@ -133,10 +134,9 @@ class SavedTree:
             found = {**unspread, **self._strings, **self._read_parts(old_spreads)}
         if saved_names is not None:
             found = {name: found[saved_names[name]] for name in targets}
-        for name in to_fit:
-            found[name] = fit(name, leaves[name], found[name], targets[name], cast=bool(changes.cast))
+        found |= fit({name: found[name] for name in to_fit}, leaves, targets, cast=bool(changes.cast), item=item)
         values = [found[name] for name in targets]
-        place_on_devices(list(targets), values, list(targets.values()))
+        place_on_devices(list(targets), values, list(targets.values()), item=item)
         return values
 
     def _read_parts(self, spreads: Mapping[str, Spread]) -> dict[str, Parts]:

@@ -71,13 +71,19 @@ def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], changes: Ch
             is_convertible &= _misfit(leaf, value, cast=True) is None
     problems += [f"unexpected  {_show(name)}: saved as {saved[name]}, not in `like`" for name in unexpected]
     if problems:
-        raise StructureMismatchError(
-            f"{item}: the checkpoint does not fit the structure to restore into ({len(problems)} leaves):\n  "
-            + "\n  ".join(problems)
-            + "\nBuild `like` as it was when the checkpoint was saved, or accept what differs: "
-            + _ways(problems, renamed, is_convertible)
-        )
+        _raise_mismatch(item, problems, renamed, is_convertible)
     return other
+
+
+def _raise_mismatch(
+    item: str, problems: Sequence[str], renamed: Mapping[str, str] | None = None, is_convertible: bool = True
+) -> NoReturn:
+    raise StructureMismatchError(
+        f"{item}: the checkpoint does not fit the structure to restore into ({len(problems)} leaves):\n  "
+        + "\n  ".join(problems)
+        + "\nBuild `like` as it was when the checkpoint was saved, or accept what differs: "
+        + _ways(problems, renamed or {}, is_convertible)
+    )
 
 
 def _ways(problems: Sequence[str], renamed: Mapping[str, str], is_convertible: bool) -> str:
@@ -89,6 +95,9 @@ def _ways(problems: Sequence[str], renamed: Mapping[str, str], is_convertible: b
         "retyped": "`cast=True` converts "
         + ("arrays of another dtype" if is_convertible else "only numbers into numbers, and no key into another kind"),
         "reshaped": "nothing converts another shape",
+        "inexact": "a Python number or a wider dtype in `like` holds these numbers, and `cast=True` rounds them",
+        "refused": "a plain number or string of the kind that was saved takes these",
+        "cut": "jax_enable_x64 keeps all bits, and so does a NumPy array in `like`",
     }
     rename = [f"`rename={dict(renamed)}` if that is what has changed"] if renamed and len(renamed) <= _SHOWN else []
     return "; ".join([*rename, *(text for kind, text in ways.items() if kind in kinds)]) + "."
@@ -120,12 +129,13 @@ def _misfit(saved: SavedLeaf, like: Any, *, cast: bool) -> str | None:
         return f"retyped     {{name}}: saved as {saved}, `like` wants {_describe(like)}"
     if is_prng_key(like) or saved.key_impl is not None:
         return _misfit_key(saved, like)
-    shape = () if type(like) in _KINDS else getattr(like, "shape", None)
+    number = _number_class(like)
+    shape = () if number else getattr(like, "shape", None)
     if shape is None:
         return f"retyped     {{name}}: saved as {saved}, `like` has {_describe(like)}, which is no array"
     if tuple(shape) != saved.info.shape:
         return f"reshaped    {{name}}: saved as {saved}, `like` wants {_describe(like)}"
-    if _same_type(saved, like) or (cast and _is_number(getattr(like, "dtype", np.dtype(type(like))))):
+    if _same_type(saved, like) or (cast and _is_number(getattr(like, "dtype", np.dtype(number or object)))):
         return None
     return f"retyped     {{name}}: saved as {saved}, `like` wants {_describe(like)}"
 
@@ -147,12 +157,23 @@ def key_dtype(impl: str) -> Any:
 
 def _same_type(saved: SavedLeaf, like: Any) -> bool:
     assert saved.info is not None
-    if type(like) in _KINDS:
-        return _kind(saved.info.dtype) == _KINDS[type(like)]
+    number = _number_class(like)
+    if number:
+        return _kind(saved.info.dtype) == _KINDS[number]
     if saved.value_type == "scalar":
         # A Python number has no width of its own; `fit` refuses it where it would change in value.
         return _kind(saved.info.dtype) == _kind(like.dtype)
     return bool(saved.info.dtype == like.dtype)
+
+
+def _number_class(value: Any) -> type | None:
+    """Which of Python's numbers a value is, also one of a derived class, such as an IntEnum; None for what is none."""
+    kind = type(value)
+    if kind in _KINDS:
+        return kind
+    if isinstance(value, np.generic):  # NumPy's float64 is a float too, and has a dtype
+        return None
+    return next((number for number in _KINDS if issubclass(kind, number)), None)
 
 
 def _is_number(dtype: Any) -> bool:
@@ -168,51 +189,105 @@ def _kind(dtype: Any) -> str:
 
 
 def _describe(value: Any) -> str:
-    if type(value) in _KINDS or isinstance(value, str):
+    if _number_class(value) or isinstance(value, str):
         return f"a Python {type(value).__name__}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return _qualified(type(value))
+
+
+def _qualified(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 # ------------------------------------------------------------------ values
 
 
-def fit(name: str, saved: SavedLeaf, host: Any, like: Any, *, cast: bool) -> Any:
-    """The value for a leaf of `like` that `match` has let pass: a Python scalar, a NumPy array, a string, a key."""
+class _UnfitError(Exception):
+    """A value for which there is no place in `like`; the text is a line of the error that lists all of them."""
+
+
+def fit(
+    found: dict[str, Any], leaves: Mapping[str, SavedLeaf], likes: Mapping[str, Any], *, cast: bool, item: str
+) -> dict[str, Any]:
+    """The values that were found of the leaves which `match` has let pass, each as its place in `like` wants it.
+
+    Raises StructureMismatchError that lists every leaf whose value cannot stand there.
+    """
+    fitted, problems = {}, []
+    for name, value in found.items():
+        try:
+            fitted[name] = _fit(name, leaves[name], value, likes[name], cast=cast)
+        except _UnfitError as error:
+            problems.append(str(error))
+    if problems:
+        _raise_mismatch(item, problems)
+    return fitted
+
+
+def _fit(name: str, saved: SavedLeaf, host: Any, like: Any, *, cast: bool) -> Any:
+    """A Python number, a NumPy array, a string, a key."""
     if isinstance(host, Parts):
         if saved.key_impl is not None:
             return dataclasses.replace(host, shape=like.shape, dtype=like.dtype, key_impl=saved.key_impl)
-        arrays = [fit(name, saved, array, like, cast=cast) for array in host.arrays]
+        arrays = [_fit(name, saved, array, like, cast=cast) for array in host.arrays]
         return dataclasses.replace(host, arrays=arrays, dtype=like.dtype)
     if saved.info is None:
-        return host
+        return _instance(name, str, type(like), host)
     if saved.key_impl is not None:
         return jax.random.wrap_key_data(jnp.asarray(host), impl=saved.key_impl)
-    if type(like) in _KINDS:
-        return type(like)(host.item())
+    number = _number_class(like)
+    if number:
+        return _instance(name, number, type(like), host.item())
     if host.dtype == like.dtype:
         return host[()] if isinstance(like, np.generic) else host
     converted = host.astype(like.dtype)
-    if not cast and saved.value_type == "scalar" and converted.item() != host.item():
-        raise StructureMismatchError(
-            f"{_show(name)}: the saved Python number {host.item()!r} has no exact {like.dtype}, which `like` wants; "
-            "give a Python number there, or a wider dtype, or `cast=True`."
+    if not cast and saved.value_type == "scalar" and not _is_same_number(converted.item(), host.item()):
+        raise _UnfitError(
+            f"inexact     {_show(name)}: the saved Python number {host.item()!r} has no exact {like.dtype}, "
+            "which `like` wants"
         )
     return converted[()] if isinstance(like, np.generic) else converted
 
 
-def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any]) -> None:
+def _instance(name: str, plain: type, kind: type, value: Any) -> Any:
+    """A number or string of the class that `like` has there: `plain`, or what is derived from it, as an enum is."""
+    try:
+        made = plain(value)
+        if kind is plain:
+            return made
+        instance = kind(made)
+    except Exception as error:  # a class of the user's may raise whatever it likes
+        raise _UnfitError(
+            f"refused     {_show(name)}: saved as {value!r:.80}, which is no {_qualified(kind)}: {error}"
+        ) from error
+    if instance != made and made == made:
+        raise _UnfitError(
+            f"refused     {_show(name)}: saved as {value!r:.80}, of which {_qualified(kind)} makes {instance!r:.80}"
+        )
+    return instance
+
+
+def _is_same_number(one: Any, other: Any) -> bool:
+    """Whether two numbers are equal; a NaN is equal to a NaN here."""
+    pairs = ((one.real, other.real), (one.imag, other.imag))
+    return all(a == b or (a != a and b != b) for a, b in pairs)
+
+
+def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any], *, item: str) -> None:
     """Turns host values into JAX arrays where `like` has JAX arrays or abstract ones, in three batched transfers.
 
     An array that was bound to its devices goes back there; one that was free to move stays free, since JAX
     refuses to mix a bound scalar with arrays that are sharded elsewhere.
+
+    Raises StructureMismatchError that lists every leaf that JAX would cut to fewer bits.
     """
     free: list[int] = []
     bound: list[int] = []
     spread: list[int] = []
     weak: set[int] = set()
     shardings: list[jax.sharding.Sharding] = []
+    cut: list[str] = []
     kept_widths: set[Any] = set()  # most leaves share a few dtypes
     is_array: dict[type, bool] = {kind: issubclass(kind, jax.Array) for kind in set(map(type, like))}
     for number, leaf in enumerate(like):
@@ -221,7 +296,8 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
             continue
         if leaf.dtype not in kept_widths:
             if not _width_is_kept(leaf.dtype):
-                _raise_cut(names[number], leaf.dtype)
+                cut.append(_cut(names[number], leaf.dtype))
+                continue
             kept_widths.add(leaf.dtype)
         if getattr(leaf, "weak_type", False):
             weak.add(number)
@@ -233,6 +309,8 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
         else:
             bound.append(number)
             shardings.append(sharding)
+    if cut:
+        _raise_mismatch(item, cut)
     placed = (
         put_free([values[number] for number in free], [number in weak for number in free] if weak else ()),
         put_bound(
@@ -257,8 +335,6 @@ def _width_is_kept(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jax.dtypes.extended) or jax.dtypes.canonicalize_dtype(dtype) == dtype
 
 
-def _raise_cut(name: str, dtype: Any) -> NoReturn:
-    raise StructureMismatchError(
-        f"{_show(name)}: `like` wants a JAX array of {dtype}, which JAX would cut to "
-        f"{jax.dtypes.canonicalize_dtype(dtype)}; set jax_enable_x64, or give a NumPy array in `like`."
-    )
+def _cut(name: str, dtype: Any) -> str:
+    narrower = jax.dtypes.canonicalize_dtype(dtype)
+    return f"cut         {_show(name)}: `like` wants a JAX array of {dtype}, which JAX would cut to {narrower}"

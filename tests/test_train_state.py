@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,30 @@ def trained_state(num_steps: int = 3) -> Any:
     for step in range(num_steps):
         state = train_step(state, jnp.ones((4, 3)) * step)
     return state
+
+
+class Color(enum.IntEnum):
+    RED = 1
+    BLUE = 2
+
+
+class Rate(float, enum.Enum):
+    LOW = 0.5
+    HIGH = 1.5
+
+
+class Split(enum.StrEnum):
+    TRAIN = "train"
+    TEST = "test"
+
+
+class Celsius(float):
+    pass
+
+
+class Clipped(float):
+    def __new__(cls, value: float) -> Any:
+        return super().__new__(cls, min(value, 1.0))
 
 
 class Point(NamedTuple):
@@ -574,10 +599,86 @@ def test_a_python_scalar_takes_only_its_own_kind(round_trip: RoundTrip, saved: A
         round_trip({"x": saved}, {"x": like})
 
 
-def test_a_python_number_that_does_not_fit_the_dtype_is_an_error(round_trip: RoundTrip) -> None:
-    """A saved Python number is not silently cut to the narrower dtype of like."""
-    with pytest.raises(StructureMismatchError, match="no exact"):
-        round_trip({"n": 2**40}, {"n": np.int32(0)})
+@pytest.mark.parametrize(
+    ("value", "like"),
+    [
+        (Color.RED, Color.BLUE),
+        (Rate.HIGH, Rate.LOW),
+        (Split.TRAIN, Split.TEST),
+        (Celsius(20.5), Celsius(0)),
+        (np.str_("text"), np.str_("")),
+    ],
+    ids=repr,
+)
+def test_members_of_enums_and_derived_numbers_come_back_as_themselves(
+    round_trip: RoundTrip, value: Any, like: Any
+) -> None:
+    """What derives from a Python number or string comes back in the class that like has, and as a plain one too."""
+    assert_same(round_trip({"x": value}, {"x": like}), {"x": value})
+    plain = str(value) if isinstance(value, str) else (int if isinstance(value, int) else float)(value)
+    assert_same(round_trip({"x": value}, {"x": type(plain)()}), {"x": plain})
+    assert type(round_trip({"x": plain}, {"x": like})["x"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "like", "text"),
+    [
+        (7, Color.RED, r"x: saved as 7, which is no .*\.Color: 7 is not a valid Color"),
+        ("dev", Split.TEST, r"x: saved as 'dev', which is no .*\.Split: 'dev' is not a valid Split"),
+        (20.5, Clipped(0), r"x: saved as 20\.5, of which .*\.Clipped makes 1\.0"),
+    ],
+)
+def test_a_value_that_the_class_of_like_refuses_is_an_error(
+    round_trip: RoundTrip, saved: Any, like: Any, text: str
+) -> None:
+    """It is told by the leaf, the value and the class, and so is one that the class would change."""
+    with pytest.raises(StructureMismatchError, match=text):
+        round_trip({"part": {"x": saved}}, {"part": {"x": like}})
+
+
+def test_a_number_that_no_cast_converts_is_an_error(round_trip: RoundTrip) -> None:
+    """cast=True makes no integer of a NaN, and no real number of a complex one."""
+    for saved, like in ((float("nan"), 0), (1j, 0.0)):
+        with pytest.raises(StructureMismatchError, match=f"saved as {saved!r}, which is no (int|float): "):
+            round_trip({"x": saved}, {"x": like}, cast=True)
+
+
+def test_python_numbers_that_do_not_fit_the_dtype_are_an_error(round_trip: RoundTrip) -> None:
+    """No saved Python number is silently cut to the narrower dtype of like; the error lists each, and its item."""
+    saved, like = {"n": 2**40, "x": 0.1, "y": 0.5}, {"n": np.int32(0), "x": np.float32(0), "y": np.float32(0)}
+    with pytest.raises(StructureMismatchError) as error:
+        round_trip({"config": saved}, {"config": like})
+    assert str(error.value).startswith("config: the checkpoint does not fit the structure to restore into (2 leaves)")
+    assert "n: the saved Python number 1099511627776 has no exact int32" in str(error.value)
+    assert "x: the saved Python number 0.1 has no exact float32" in str(error.value)
+    assert "cast=True" in str(error.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), complex(float("nan"), 1)])
+def test_a_python_nan_fits_every_width(round_trip: RoundTrip, number: complex) -> None:
+    """NaN is a number that each floating dtype has."""
+    dtype = np.complex64 if isinstance(number, complex) else np.float32
+    restored = round_trip({"x": number}, {"x": dtype(0)})
+    assert np.array_equal(restored["x"], dtype(number), equal_nan=True)
+    assert restored["x"].dtype == dtype
+
+
+def test_a_nan_of_a_derived_class_comes_back(round_trip: RoundTrip) -> None:
+    """Though it is not equal to itself, no class has changed it."""
+    restored = round_trip({"x": Celsius("nan")}, {"x": Celsius(0)})
+    assert type(restored["x"]) is Celsius
+    assert restored["x"] != restored["x"]
+
+
+def test_jax_arrays_that_would_be_cut_are_listed(round_trip: RoundTrip) -> None:
+    """Without jax_enable_x64 JAX has no 64 bits: the error has each leaf, their item, and what keeps the bits."""
+    like = {name: jax.ShapeDtypeStruct((3,), np.float64) for name in "ab"}
+    with pytest.raises(StructureMismatchError) as error:
+        round_trip({"params": {"a": np.ones(3), "b": np.ones(3)}}, {"params": like})
+    assert str(error.value).startswith("params: the checkpoint does not fit")
+    for name in "ab":
+        assert f"{name}: `like` wants a JAX array of float64, which JAX would cut to float32" in str(error.value)
+    assert "jax_enable_x64" in str(error.value)
 
 
 def test_mismatches_are_listed_leaf_by_leaf_with_the_nearest_name(manager: CheckpointManager) -> None:
