@@ -163,7 +163,12 @@ def _same_type(saved: SavedLeaf, like: Any) -> bool:
     if saved.value_type == "scalar":
         # A Python number has no width of its own; `fit` refuses it where it would change in value.
         return _kind(saved.info.dtype) == _kind(like.dtype)
-    return bool(saved.info.dtype == like.dtype)
+    return bool(_native(saved.info.dtype) == _native(like.dtype))
+
+
+def _native(dtype: Any) -> Any:
+    """The dtype in this machine's order of bytes, in which Orbax saves every array."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 
 
 def _number_class(value: Any) -> type | None:

@@ -681,6 +681,15 @@ def test_jax_arrays_that_would_be_cut_are_listed(round_trip: RoundTrip) -> None:
     assert "jax_enable_x64" in str(error.value)
 
 
+@pytest.mark.parametrize(("saved", "like"), [("<f4", ">f4"), (">f4", "<f4"), (">c16", "<c16"), (">i8", ">i8")])
+def test_the_order_of_bytes_is_no_other_dtype(round_trip: RoundTrip, saved: str, like: str) -> None:
+    """Numbers come back in the order of bytes that like has, whichever was saved."""
+    numbers = np.arange(5).astype(saved)
+    assert_same(round_trip({"w": numbers}, {"w": np.zeros(5, like)}), {"w": numbers.astype(like)})
+    if numbers.dtype.itemsize == 4:
+        assert_same(round_trip({"w": numbers}, {"w": jnp.zeros(5)}), {"w": jnp.arange(5.0)})
+
+
 def test_mismatches_are_listed_leaf_by_leaf_with_the_nearest_name(manager: CheckpointManager) -> None:
     """Every missing, unexpected, reshaped and retyped leaf stands in the message, with the name that was meant."""
     layers = {f"Dense_{i}": {"kernel": np.zeros((2, 3)), "bias": np.zeros(3)} for i in range(3)}

@@ -207,6 +207,15 @@ def test_strings_are_restored(tmp_path: Path) -> None:
         assert typed_bits(ours.restore(tmp_path / "text", target)) == typed_bits(tree)
 
 
+def test_big_endian_arrays_are_restored(tmp_path: Path) -> None:
+    """Orbax saves them in this machine's order of bytes; the target has its own again."""
+    tree = {"w": np.arange(3, dtype=">f4")}
+    with ocp.PyTreeCheckpointer() as theirs:
+        theirs.save(tmp_path / "c", tree)
+    with Checkpointer(StandardCheckpointHandler()) as ours:
+        assert typed_bits(ours.restore(tmp_path / "c", {"w": np.zeros(3, ">f4")})) == typed_bits(tree)
+
+
 @pytest.mark.parametrize("content", [None, "{}", '{"nested": "x"}', '["name", "nested.empty"]'])
 def test_a_string_that_was_lost_is_damage(tmp_path: Path, content: str | None) -> None:
     """Where the file of the strings is gone, or lacks one, the error names it; no leaf is left out."""
