@@ -39,6 +39,7 @@ _SCALAR_DTYPES: dict[type, np.dtype] = {
     float: np.dtype(np.float64),
     complex: np.dtype(np.complex128),
 }
+_ARRAY_CLASSES = (np.ndarray, np.memmap)  # a file that is mapped is only where the numbers are
 # The extended types that zarr v2 in tensorstore, and so Orbax, can read.
 _EXTENDED_DTYPES = frozenset(
     {
@@ -107,6 +108,11 @@ def describe_leaf(name: str, leaf: Any, writers: Writers = ALONE) -> LeafPlan:
         raise UnsupportedLeafError(
             f"{name or 'the state'}: a masked array would lose its mask; save `.data` and `.mask` as two arrays."
         )
+    if isinstance(leaf, np.ndarray) and type(leaf) not in _ARRAY_CLASSES:
+        raise UnsupportedLeafError(
+            f"{name or 'the state'}: a {_kind(leaf)} would come back as a plain array, without what its class adds; "
+            "save `np.asarray(x)`, and what else it has as leaves of their own."
+        )
     if isinstance(leaf, str):  # before NumPy's, of which a string is one too
         return LeafPlan("string", None)
     if isinstance(leaf, np.ndarray | np.generic):
@@ -118,7 +124,7 @@ def describe_leaf(name: str, leaf: Any, writers: Writers = ALONE) -> LeafPlan:
 
 
 def _unsupported(leaf: Any) -> str:
-    kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+    kind = _kind(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return f"{leaf} is abstract and has no values to save; pass the array itself."
     if callable(leaf):
@@ -126,10 +132,17 @@ def _unsupported(leaf: Any) -> str:
             f"a function or class ({kind}) cannot be saved. Mark the field as static "
             "(`flax.struct.field(pytree_node=False)`), or leave it out of the state."
         )
+    advice = "pass an object with get_state/set_state as a keyword item of its own"
+    if isinstance(leaf, Mapping):
+        advice = "JAX does not know this mapping as a tree, so pass `dict(state)` in its place"
     return (
         f"a leaf of type {kind} cannot be saved. Leaves are JAX and NumPy arrays, PRNG keys, numbers, "
-        "strings and None; pass an object with get_state/set_state as a keyword item of its own."
+        f"strings and None; {advice}."
     )
+
+
+def _kind(leaf: Any) -> str:
+    return f"{type(leaf).__module__}.{type(leaf).__qualname__}"
 
 
 def _storable(name: str, dtype: np.dtype) -> np.dtype:

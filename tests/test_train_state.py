@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import enum
 import re
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -420,6 +421,11 @@ def test_every_leaf_comes_back(round_trip: RoundTrip, name: str) -> None:
         (len, "part.a.leaf.*function"),
         (jax.ShapeDtypeStruct((2,), np.float32), "part.a.leaf.*abstract"),
         (2**70, "part.a.leaf.*64 bits"),
+        (np.ones((1, 2)).view(np.matrix), "part.a.leaf.*numpy.matrix would come back as a plain array"),
+        (np.arange(3).view(np.recarray), "part.a.leaf.*recarray would come back as a plain array"),
+        (collections.ChainMap({"w": 1.0}), r"part.a.leaf.*ChainMap.*pass `dict\(state\)`"),
+        (collections.UserDict(w=1.0), r"part.a.leaf.*UserDict.*pass `dict\(state\)`"),
+        (types.MappingProxyType({"w": 1.0}), r"part.a.leaf.*mappingproxy.*pass `dict\(state\)`"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
@@ -466,6 +472,13 @@ def test_unusual_names_of_parts_and_leaves_come_back(round_trip: RoundTrip) -> N
     inner = {"a.b": 1.0, "a b": 2.0, "a/b": 3.0, "\N{GREEK SMALL LETTER ALPHA}": 4.0, "": 5.0, "0": 6.0}
     state = {"a.b": inner, "self": 1, "item": 2, "handler_registry": 3, "composite_options": 4, "default": 5, "d": 6}
     assert_same(round_trip(state), state)
+
+
+def test_a_mapped_file_is_an_array(round_trip: RoundTrip, tmp_path: Path) -> None:
+    """Its numbers are saved as those of any other array, and come back as one in memory."""
+    mapped = np.memmap(tmp_path / "numbers", np.float32, "w+", shape=(3,))
+    mapped[:] = [1, 2, 3]
+    assert_same(round_trip({"w": mapped}), {"w": np.array([1, 2, 3], np.float32)})
 
 
 def test_mixed_keys_are_refused(manager: CheckpointManager) -> None:

@@ -54,6 +54,8 @@ _BAD_LEAVES: Mapping[str, Callable[[], Any]] = types.MappingProxyType(
         "structured array": lambda: np.zeros(2, [("x", "f4"), ("y", "i4")]),
         "datetime array": lambda: np.array(["2020-01-01"], "datetime64[D]"),
         "masked array": lambda: np.ma.array([1, 2], mask=[False, True]),
+        "matrix": lambda: np.ones((1, 2)).view(np.matrix),
+        "record array": lambda: np.arange(3).view(np.recarray),
         "array of strings": lambda: np.array(["text"]),
         "long double": lambda: np.zeros(2, np.longdouble),
         "bytes": lambda: b"bytes",
