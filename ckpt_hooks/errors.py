@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Self
+from typing import Any, Self
 
 __all__ = [
     "BarrierTimeoutError",
@@ -174,12 +174,15 @@ class DiskFullError(CheckpointError, OSError):
     def __str__(self) -> str:
         return str(self.args[1])
 
+    def __reduce__(self) -> tuple[type[Self], tuple[str], dict[str, Any]]:
+        return type(self), (str(self),), self.__dict__  # OSError's own would give both of its arguments to ours
+
 
 class StorageError(CheckpointError, OSError):
     """The file system failed in the midst of an operation; `errno` says how."""
 
     def __str__(self) -> str:
-        return str(self.args[1])
+        return str(self.args[-1])  # also of one that has come from another process as its text alone
 
 
 class RunLockedError(CheckpointError, BlockingIOError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import pickle
 import shutil
 import signal
 import sys
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckpt_hooks import CheckpointHook, CheckpointManager
+from ckpt_hooks import CheckpointHook, CheckpointManager, errors
 from ckpt_hooks.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -659,3 +661,23 @@ def test_errors_are_checkpoint_errors_and_builtins() -> None:
     assert issubclass(CheckpointNotFoundError, FileNotFoundError)
     assert issubclass(InvalidArgumentError, ValueError)
     assert all(issubclass(e, CheckpointError) for e in (SaveFailedError, CheckpointNotFoundError, InvalidArgumentError))
+
+
+@pytest.mark.parametrize("name", sorted({*errors.__all__} - {"Preempted"}))
+def test_every_error_is_made_of_its_text(name: str) -> None:
+    """As one that has come from another process is."""
+    assert str(getattr(errors, name)("a text")) == "a text"
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_can_be_sent_to_another_process(name: str) -> None:
+    """A pool of processes pickles what was raised: its class, text, notes, number and step come back."""
+    kind = getattr(errors, name)
+    arguments = {"StorageError": (errno.EIO, "a text"), "Preempted": (1200,)}.get(name, ("a text",))
+    error = kind(*arguments)
+    error.add_note("a note")
+    copied = pickle.loads(pickle.dumps(error))
+    assert type(copied) is kind
+    assert (str(copied), vars(copied)) == (str(error), vars(error))
+    for attribute in ("errno", "code"):
+        assert getattr(copied, attribute, None) == getattr(error, attribute, None)
