@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import time
 from collections.abc import Callable
 
@@ -27,11 +28,11 @@ class GracePeriod:
 
     def __init__(self, grace_secs: float) -> None:
         given: object = grace_secs
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
+        if isinstance(given, bool) or not isinstance(given, numbers.Real) or not 0 < float(given) < math.inf:
             raise InvalidArgumentError(
                 f"grace_secs is how many seconds pass from the signal to the end of the process; got {grace_secs!r}"
             )
-        self._grace_secs = grace_secs
+        self._grace_secs = float(given)
         self._warned_secs = 0.0
         self._before: tuple[int, float] | None = None  # (step, seconds) of the call before
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -139,8 +140,8 @@ def check_policies(keep: object) -> tuple[RetentionPolicy, ...]:
     """`keep` as policies: an int is `LatestN`, None keeps everything."""
     if keep is None:
         return ()
-    if isinstance(keep, int) and not isinstance(keep, bool):
-        return (LatestN(keep),)
+    if isinstance(keep, numbers.Integral) and not isinstance(keep, bool):
+        return (LatestN(int(keep)),)
     policies = tuple(keep) if isinstance(keep, list | tuple) else (keep,)
     for policy in policies:
         if not callable(getattr(policy, "keep", None)):

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 
+from ckpt_hooks.arguments import require_secs
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError
 
 __all__ = ["Triggers"]
@@ -42,10 +43,8 @@ class Triggers:
         if every_n_steps is not None and check_step(every_n_steps, "every_n_steps") == 0:
             raise InvalidArgumentError("every_n_steps=0 would save never or always; give a positive number, or None")
         if every_secs is not None:
-            if isinstance(every_secs, bool) or not isinstance(every_secs, int | float):
-                raise InvalidArgumentTypeError(f"every_secs is a number of seconds, got {every_secs!r}")
-            if not (math.isfinite(every_secs) and every_secs > 0):
-                raise InvalidArgumentError(f"every_secs is a positive number of seconds, got {every_secs!r}")
+            require_secs(every_secs, "every_secs")
+            every_secs = float(every_secs)  # of NumPy's, too
         if every_n_steps is None and every_secs is None and not steps:
             every_n_steps = 1000
         return cls(every_n_steps, every_secs, steps)

@@ -90,8 +90,15 @@ def test_what_is_left_of_the_period_counts_when_the_signal_has_come(
     assert CheckpointManager(tmp_path).latest_step() == 8  # nobody killed it, and it is there all the same
 
 
-@pytest.mark.parametrize("secs", [0, -3, float("inf"), float("nan"), "30", True])
+@pytest.mark.parametrize("secs", [0, -3, float("inf"), float("nan"), "30", True, np.True_])
 def test_grace_secs_is_a_number_of_seconds(tmp_path: Path, secs: Any) -> None:
     """Anything else is refused when the hook is made."""
     with pytest.raises(ValueError, match="grace_secs"):
         CheckpointHook(tmp_path, grace_secs=secs)
+
+
+@pytest.mark.parametrize("secs", [np.int64(30), np.float32(30)])
+def test_a_grace_period_may_be_a_number_of_numpy(tmp_path: Path, secs: Any) -> None:
+    """As every other number of seconds may be."""
+    with CheckpointHook(tmp_path, grace_secs=secs) as hook:
+        assert hook.start_step == 0

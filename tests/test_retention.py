@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,6 +158,7 @@ def test_a_metric_that_the_new_checkpoint_brings_is_recorded() -> None:
     [
         (None, ()),
         (3, (LatestN(3),)),
+        (np.int64(2), (LatestN(2),)),
         (LatestN(2), (LatestN(2),)),
         ([LatestN(2), EveryNSteps(10)], (LatestN(2), EveryNSteps(10))),
         ((BestN(1, "loss", "max"),), (BestN(1, "loss", "max"),)),
@@ -172,7 +174,7 @@ def test_no_policy_keeps_everything() -> None:
     assert steps_to_keep((), {1: {}, 2: {}}) == {1, 2}
 
 
-@pytest.mark.parametrize("keep", ["3", 2.5, True, [3], object(), {"loss": 1}])
+@pytest.mark.parametrize("keep", ["3", 2.5, True, np.True_, [3], object(), {"loss": 1}])
 def test_keep_of_another_type_is_refused(keep: Any) -> None:
     """What is neither a number nor a policy is a TypeError that shows it and says what is one."""
     with pytest.raises(InvalidArgumentTypeError, match="keep is a number, a policy"):

@@ -75,6 +75,15 @@ def test_a_trigger_replaces_the_default(given_triggers: tuple[Any, Any, Any]) ->
     assert Triggers.checked(*given_triggers).every_n_steps == given_triggers[0]
 
 
+@pytest.mark.parametrize("secs", [np.int64(3), np.float32(3)])
+def test_seconds_of_numpy_are_seconds(secs: Any) -> None:
+    """They come back as Python's, and a bool of NumPy's is none."""
+    checked = Triggers.checked(None, secs, ()).every_secs
+    assert (type(checked), checked) == (float, 3.0)
+    with pytest.raises(InvalidArgumentTypeError, match="every_secs"):
+        Triggers.checked(None, np.True_, ())  # type: ignore[arg-type]
+
+
 def test_on_steps_are_sorted_and_unique() -> None:
     """Steps may be given in any order, more than once, and by any iterable."""
     assert Triggers.checked(None, None, iter([30, 10, 30, 20])).on_steps == (10, 20, 30)
