@@ -43,7 +43,7 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class StepMetadata:
     """What a checkpoint says of itself.
 
@@ -307,7 +307,7 @@ _blocking_store = _BlockingStore()
 _read_only_store = _ReadOnlyStore()
 
 
-def metadata_store(*, enable_write: bool, blocking_write: bool = False) -> MetadataStore:
+def metadata_store(enable_write: bool, blocking_write: bool = False) -> MetadataStore:
     """A store: the process's one blocking writer, its one reader, or a new background writer to be closed.
 
     >>> metadata_store(enable_write=True, blocking_write=True).is_blocking_writer()

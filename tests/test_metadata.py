@@ -262,6 +262,14 @@ def test_updates_of_many_threads_are_all_kept(tmp_path: Path, store: MetadataSto
     assert store.read(path) == {f"k{n}": n for n in range(8)}
 
 
+def test_arguments_may_be_given_by_position(tmp_path: Path) -> None:
+    """A store and step metadata take what they have names for in the order of those names as well."""
+    assert metadata_store(True, True) is metadata_store(enable_write=True, blocking_write=True)
+    fields: Any = ({"a": "handler"}, None, {"loss": 0.1}, {"secs": 1.5}, 1, 2, {"step": 3})
+    names = [field.name for field in dataclasses.fields(StepMetadata)]
+    assert StepMetadata(*fields) == StepMetadata(**dict(zip(names, fields, strict=True)))
+
+
 def test_kinds_of_stores() -> None:
     """The blocking writer and the reader are one object each in a process, a background writer is a new one."""
     blocking = metadata_store(enable_write=True, blocking_write=True)
