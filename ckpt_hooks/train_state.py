@@ -59,7 +59,9 @@ def split(state: Any) -> dict[str, Any]:
     {'state': [1, 2]}
     """
     parts = _named_parts(state)
-    return {WHOLE: state} if parts is None else parts
+    if parts is None:
+        return {WHOLE: state}
+    return parts or {WHOLE: {}}  # a dataclass without fields, which JAX does not know
 
 
 def parts_of(state: Any, names: Sequence[str]) -> dict[str, Any]:

@@ -150,6 +150,11 @@ class Point(NamedTuple):
 
 
 @dataclasses.dataclass
+class Bare:
+    pass
+
+
+@dataclasses.dataclass
 class Plain:
     params: Any
     step: int
@@ -474,6 +479,12 @@ def test_unusual_names_of_parts_and_leaves_come_back(round_trip: RoundTrip) -> N
     assert_same(round_trip(state), state)
 
 
+def test_a_dataclass_without_fields_is_an_empty_state(round_trip: RoundTrip) -> None:
+    """It is saved as {} is, and comes back as itself."""
+    assert round_trip(Bare()) == Bare()
+    assert round_trip({}, Bare()) == Bare()
+
+
 def test_a_mapped_file_is_an_array(round_trip: RoundTrip, tmp_path: Path) -> None:
     """Its numbers are saved as those of any other array, and come back as one in memory."""
     mapped = np.memmap(tmp_path / "numbers", np.float32, "w+", shape=(3,))
@@ -668,7 +679,7 @@ def test_python_numbers_that_do_not_fit_the_dtype_are_an_error(round_trip: Round
 
 
 @pytest.mark.parametrize("number", [float("nan"), complex(float("nan"), 1)])
-def test_a_python_nan_fits_every_width(round_trip: RoundTrip, number: complex) -> None:
+def test_a_python_nan_fits_every_width(round_trip: RoundTrip, number: Any) -> None:
     """NaN is a number that each floating dtype has."""
     dtype = np.complex64 if isinstance(number, complex) else np.float32
     restored = round_trip({"x": number}, {"x": dtype(0)})
