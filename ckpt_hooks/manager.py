@@ -288,7 +288,7 @@ class CheckpointManager:
         return number, request.deliver(restored, states)
 
     def _number_of(self, step: Any) -> int:
-        number = self.best_step() if step == "best" else check_step(step)
+        number = self.best_step() if step == "best" else check_step(step, 'step, "latest" and "best" apart,')
         if number is None:
             raise CheckpointNotFoundError(f"{self._run.path} has no checkpoint with a finite metric to be the best")
         return number

@@ -127,7 +127,10 @@ def check_custom_metadata(metadata: Any, reserved: Set[str] = frozenset()) -> di
     taken = sorted(reserved & metadata.keys())
     if taken:
         raise InvalidArgumentError(f"metadata: {taken} are written by the library; choose other keys")
-    return {key: _copy_json(element, f"custom_metadata[{key!r}]") for key, element in metadata.items()}
+    try:
+        return {key: _copy_json(element, f"custom_metadata[{key!r}]") for key, element in metadata.items()}
+    except RecursionError:
+        raise NotSerializableError("custom_metadata holds itself, or is nested too deeply for JSON") from None
 
 
 def _copy_json(value: Any, where: str) -> Any:
@@ -156,12 +159,12 @@ def to_json_numbers(metrics: Any) -> dict[str, Any]:
     """
     if metrics is None:
         return {}
-    if not isinstance(metrics, Mapping):
-        if not hasattr(metrics, "compute"):
-            raise InvalidArgumentTypeError(
-                f"metrics are a dict of numbers or a clu.metrics.Collection, got {type(metrics).__name__}"
-            )
+    given = metrics
+    if not isinstance(metrics, Mapping | type) and hasattr(metrics, "compute"):
         metrics = metrics.compute()
+    if not isinstance(metrics, Mapping):
+        kind = f"the class {given.__qualname__} itself" if isinstance(given, type) else type(given).__name__
+        raise InvalidArgumentTypeError(f"metrics are a dict of numbers or a clu.metrics.Collection, got {kind}")
     for name in metrics:
         if not isinstance(name, str):
             raise InvalidArgumentTypeError(f"metrics: names are strings, got {name!r}")

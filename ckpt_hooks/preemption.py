@@ -120,8 +120,12 @@ def _end_by(number: int, handler: Any) -> None:
 
 
 def _check_signals(signals: Iterable[signal.Signals | int]) -> list[int]:
-    if isinstance(signals, int | str):
-        raise InvalidArgumentTypeError(f"preemption_signals is a tuple, as in ({signals!r},); got {signals!r}")
+    given: object = signals
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        example = "signal.SIGTERM" if given is None else repr(given)
+        raise InvalidArgumentTypeError(
+            f"preemption_signals is a tuple, as in ({example},), or () for none; got {given!r}"
+        )
     numbers = list(signals)
     for number in numbers:
         if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):

@@ -144,7 +144,7 @@ def check_policies(keep: object) -> tuple[RetentionPolicy, ...]:
         return (LatestN(int(keep)),)
     policies = tuple(keep) if isinstance(keep, list | tuple) else (keep,)
     for policy in policies:
-        if not callable(getattr(policy, "keep", None)):
+        if isinstance(policy, type) or not callable(getattr(policy, "keep", None)):
             raise InvalidArgumentTypeError(
                 f"keep is a number, a policy such as LatestN(3), or a list of policies; got {policy!r}"
             )

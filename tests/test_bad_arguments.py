@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
+from clu import metrics as clu_metrics
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ckpt_hooks
@@ -32,6 +33,7 @@ from ckpt_hooks.errors import (
     CorruptCheckpointError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
+    NotSerializableError,
     UnsupportedLeafError,
 )
 from ckpt_hooks.testing import assert_same
@@ -70,6 +72,14 @@ def test_options_of_another_kind_are_refused(checkpointer: type[Checkpointer], o
     given: dict[str, Any] = {option: {"timeout_secs": 3}}
     with pytest.raises(InvalidArgumentTypeError, match=rf"{option} is a \w+, or None"):
         checkpointer(StandardCheckpointHandler(), **given)
+
+
+@pytest.mark.parametrize("handler", [StandardCheckpointHandler, None, {}, print], ids=str)
+def test_what_is_no_handler_is_refused(handler: Any) -> None:
+    """A class that was meant to be called, and what can neither save nor restore, is told what a handler is."""
+    for make in (Checkpointer, AsyncCheckpointer):
+        with pytest.raises(InvalidArgumentTypeError, match=r"a handler is an object, as \w+\(\) is; got"):
+            make(handler)
 
 
 # ------------------------------------------------------------------ paths
@@ -259,6 +269,35 @@ def test_wrong_options_of_a_run_are_told(tmp_path: Path, kind: Any, options: dic
     with pytest.raises(CheckpointError, match=text) as error:
         kind(tmp_path, **options)
     assert isinstance(error.value, TypeError | ValueError)
+
+
+def test_a_step_by_another_word_is_told_which_there_are(run: Path) -> None:
+    """Beside numbers, a restore knows two words."""
+    with pytest.raises(InvalidArgumentTypeError, match=r'"latest" and "best" apart, is an int; got .worst.'):
+        CheckpointManager(run).restore(step="worst")  # type: ignore[arg-type]
+
+
+class Losses(clu_metrics.Collection):
+    loss: Any = None
+
+
+@pytest.mark.parametrize(
+    ("metrics", "text"),
+    [(Losses, "got the class Losses itself"), (clu_metrics.Average(jnp.float32(1), jnp.float32(1)), "got Average")],
+)
+def test_metrics_that_are_no_collection_are_told(run: Path, metrics: Any, text: str) -> None:
+    """The class of a collection has computed nothing, and one metric alone has no name."""
+    with CheckpointManager(run) as manager, pytest.raises(InvalidArgumentTypeError, match=text):
+        manager.save(30, STATE, metrics=metrics)
+
+
+def test_metadata_that_hold_themselves_are_told(run: Path) -> None:
+    """As what JSON cannot hold, before anything is written."""
+    metadata: dict[str, Any] = {"lr": 0.1}
+    metadata["all"] = [metadata]
+    with CheckpointManager(run) as manager, pytest.raises(NotSerializableError, match="custom_metadata holds itself"):
+        manager.save(30, STATE, metadata=metadata)
+    assert CheckpointManager(run).steps() == [10, 20]
 
 
 def test_steps_that_are_no_row_of_steps(tmp_path: Path) -> None:

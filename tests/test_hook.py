@@ -553,6 +553,7 @@ def test_an_unsupported_leaf_raises_also_with_warn(make: MakeHook) -> None:
         ({"preemption_signals": (999,), "save_on_preemption": True}, "preemption_signals"),
         ({"preemption_signals": (signal.SIGKILL,), "save_on_preemption": True}, "preemption_signals"),
         ({"preemption_signals": signal.SIGTERM, "save_on_preemption": True}, "preemption_signals"),
+        ({"preemption_signals": None, "save_on_preemption": True}, r"\(signal.SIGTERM,\), or \(\) for none; got None"),
     ],
 )
 def test_options_without_sense_are_refused_when_the_hook_is_made(

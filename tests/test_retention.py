@@ -174,9 +174,9 @@ def test_no_policy_keeps_everything() -> None:
     assert steps_to_keep((), {1: {}, 2: {}}) == {1, 2}
 
 
-@pytest.mark.parametrize("keep", ["3", 2.5, True, np.True_, [3], object(), {"loss": 1}])
+@pytest.mark.parametrize("keep", ["3", 2.5, True, np.True_, [3], object(), {"loss": 1}, LatestN, [LatestN]])
 def test_keep_of_another_type_is_refused(keep: Any) -> None:
-    """What is neither a number nor a policy is a TypeError that shows it and says what is one."""
+    """What is neither a number nor a policy, as its class is none, is a TypeError that shows it and says what is."""
     with pytest.raises(InvalidArgumentTypeError, match="keep is a number, a policy"):
         check_policies(keep)
 

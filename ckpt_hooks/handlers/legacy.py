@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from ckpt_hooks.errors import InvalidArgumentTypeError
 from ckpt_hooks.handlers.base import (
     AsyncSave,
     CheckpointArgs,
@@ -73,7 +74,12 @@ register_with_handler(LegacyHandler, for_save=True, for_restore=True)(LegacyArgs
 
 
 def wrap_legacy(handler: Any) -> Any:
-    """The handler itself where it registered args classes, else wrapped."""
+    """The handler itself where it registered args classes, else wrapped.
+
+    Raises InvalidArgumentTypeError for what is no handler.
+    """
+    if isinstance(handler, type) or not (hasattr(handler, "save") or hasattr(handler, "restore")):
+        raise InvalidArgumentTypeError(f"a handler is an object, as StandardCheckpointHandler() is; got {handler!r}")
     return handler if has_registered_args(handler) else LegacyHandler(handler)
 
 
