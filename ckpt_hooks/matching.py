@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,14 +71,14 @@ def match(saved: Mapping[str, SavedLeaf], wanted: Mapping[str, Any], changes: Ch
             is_convertible &= _misfit(leaf, value, cast=True) is None
     problems += [f"unexpected  {_show(name)}: saved as {saved[name]}, not in `like`" for name in unexpected]
     if problems:
-        _raise_mismatch(item, problems, renamed, is_convertible)
+        raise _mismatch(item, problems, renamed, is_convertible)
     return other
 
 
-def _raise_mismatch(
+def _mismatch(
     item: str, problems: Sequence[str], renamed: Mapping[str, str] | None = None, is_convertible: bool = True
-) -> NoReturn:
-    raise StructureMismatchError(
+) -> StructureMismatchError:
+    return StructureMismatchError(
         f"{item}: the checkpoint does not fit the structure to restore into ({len(problems)} leaves):\n  "
         + "\n  ".join(problems)
         + "\nBuild `like` as it was when the checkpoint was saved, or accept what differs: "
@@ -226,7 +226,7 @@ def fit(
         except _UnfitError as error:
             problems.append(str(error))
     if problems:
-        _raise_mismatch(item, problems)
+        raise _mismatch(item, problems)
     return fitted
 
 
@@ -315,7 +315,7 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
             bound.append(number)
             shardings.append(sharding)
     if cut:
-        _raise_mismatch(item, cut)
+        raise _mismatch(item, cut)
     placed = (
         put_free([values[number] for number in free], [number in weak for number in free] if weak else ()),
         put_bound(

@@ -651,6 +651,7 @@ def test_members_of_enums_and_derived_numbers_come_back_as_themselves(
         ("dev", Split.TEST, r"x: saved as 'dev', which is no .*\.Split: 'dev' is not a valid Split"),
         (20.5, Clipped(0), r"x: saved as 20\.5, of which .*\.Clipped makes 1\.0"),
     ],
+    ids=["enum", "enum of strings", "changed"],
 )
 def test_a_value_that_the_class_of_like_refuses_is_an_error(
     round_trip: RoundTrip, saved: Any, like: Any, text: str
