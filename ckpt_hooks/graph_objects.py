@@ -21,7 +21,7 @@ from ckpt_hooks import train_state
 from ckpt_hooks.errors import InvalidArgumentError
 from ckpt_hooks.train_state import PureState
 
-__all__ = ["NNX", "GraphObjects", "ends_here", "is_graph_object"]
+__all__ = ["NNX", "GraphObjects", "ends_here", "is_graph_object", "split"]
 
 NNX = "flax.nnx"  # loaded where there can be graph objects at all
 _VALUE = "value"  # of an object that is a variable itself
@@ -30,6 +30,11 @@ _VALUE = "value"  # of an object that is a variable itself
 def is_graph_object(value: Any) -> bool:
     """Whether a value is one of NNX's graph objects, such as a module."""
     return NNX in sys.modules and _is_object(value)
+
+
+def split(state: Any) -> dict[str, Any]:
+    """`train_state.split`, for which a graph object, though JAX may know it as a pytree, is one part."""
+    return {train_state.WHOLE: state} if is_graph_object(state) else train_state.split(state)
 
 
 class GraphObjects:
@@ -51,7 +56,7 @@ class GraphObjects:
         self._values: list[dict[Any, Any]] = []
         if NNX not in sys.modules or not (_holds_objects(state) or _holds_objects(self.items)):
             return
-        parts = {train_state.WHOLE: state} if _is_object(state) else train_state.split(state)
+        parts = split(state)
         clash = sorted(parts.keys() & items.keys())
         if clash:
             raise InvalidArgumentError(f"items {clash} are parts of the state already; rename the keywords")

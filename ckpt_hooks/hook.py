@@ -27,6 +27,7 @@ from ckpt_hooks.errors import (
     UnsupportedLeafError,
 )
 from ckpt_hooks.grace import GracePeriod
+from ckpt_hooks.graph_objects import split
 from ckpt_hooks.init_from import InitFrom
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.preemption import PreemptionNotice
@@ -326,7 +327,7 @@ class CheckpointHook:
             if not self.manager.is_empty():
                 raise
             state = make() if self._init_from is None else self._init_from.fill(make(), self._processes)
-            return state if names is None else parts_of(state, names)
+            return state if names is None else parts_of(split(state), names)
         self._start_step = self._saved_step = step
         self._follow(step)
         _log.info("resumed from step %d of %s", step, self.manager.directory)

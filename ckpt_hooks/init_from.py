@@ -14,6 +14,7 @@ from ckpt_hooks.arguments import require_path
 from ckpt_hooks.changes import Changes
 from ckpt_hooks.errors import CheckpointNotFoundError, InvalidArgumentError, InvalidArgumentTypeError, ItemNotFoundError
 from ckpt_hooks.flax_runs import is_flax_checkpoint
+from ckpt_hooks.graph_objects import is_graph_object, split
 from ckpt_hooks.listing import is_run
 from ckpt_hooks.manager import CheckpointManager
 from ckpt_hooks.processes import MultiprocessingOptions
@@ -59,6 +60,8 @@ class InitFrom:
         if isinstance(self.items, Iterator):
             object.__setattr__(self, "items", tuple(self.items))  # or nothing would be left of it after this look
         self._changes().selecting(self.items)
+        # As the run's own directory, whatever directory the program changes to.
+        object.__setattr__(self, "directory", local_path(os.fspath(self.directory)))
 
     def _changes(self) -> Changes:
         return Changes.checked(self.cast, self.missing, self.unexpected, self.rename, has_target=True)
@@ -68,16 +71,17 @@ class InitFrom:
 
         Raises CheckpointNotFoundError where there is nothing, and what `CheckpointManager.restore` raises.
         """
-        path = local_path(require_path(self.directory, "init_from="))
+        path = self.directory
         self._require_parts(state)
         is_one = is_flax_checkpoint(path) and not is_run(path)
         read = self._from_checkpoint if is_one else self._from_run
         parts = read(path, state, processes or MultiprocessingOptions())
-        return train_state.join(state, {**train_state.split(state), **parts})
+        whole = {**split(state), **parts}
+        return whole[train_state.WHOLE] if is_graph_object(state) else train_state.join(state, whole)
 
     def _require_parts(self, state: Any) -> None:
         asked, _ = self._changes().selecting(self.items)
-        parts = sorted(train_state.split(state))
+        parts = sorted(split(state))
         absent = [name for name in asked or () if name not in parts]
         if absent:
             raise ItemNotFoundError(

@@ -160,11 +160,21 @@ def steps_to_keep(policies: Iterable[RetentionPolicy], metrics: Mapping[int, Met
         return set(metrics)
     kept = {max(metrics)}
     for policy in policies:
-        kept |= policy.keep(metrics) & metrics.keys()  # a policy of the user's may name steps that are still to come
+        kept |= _kept_by(policy, metrics)
         if isinstance(policy, BestN) and not any(policy.metric in recorded for recorded in metrics.values()):
             # Nobody has recorded the metric yet: what may turn out to be the best must not go.
             return set(metrics)
     return kept
+
+
+def _kept_by(policy: RetentionPolicy, metrics: Mapping[int, Metrics]) -> set[int]:
+    try:
+        return policy.keep(metrics) & metrics.keys()  # one of the user's may name steps that are still to come
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"keep has {policy!r}, whose keep() cannot choose among the steps {sorted(metrics)}: "
+            f"{type(error).__name__}: {error}. Every checkpoint that is there stays."
+        ) from error
 
 
 def check_recorded(policies: Iterable[RetentionPolicy], metrics: Mapping[int, Metrics], new: Metrics) -> None:

@@ -281,8 +281,9 @@ class RunDirectory:
     def make_way(self, step: int) -> None:
         """Moves aside what is no checkpoint and is in the way of one: damaged steps, and a stray directory."""
         for rejected in list(self.rejected):
-            self._set_aside(rejected, "damaged", self.find(rejected))
-            del self.rejected[rejected]
+            if not self.is_checkpoint(rejected) and rejected in self.rejected:  # and nobody has put a whole one there
+                self._set_aside(rejected, "damaged", self.find(rejected))
+                del self.rejected[rejected]
         if is_named(self.step_path(step)) and not is_committed(self.step_path(step)):
             self._set_aside(step, "stray", self.step_path(step))
 

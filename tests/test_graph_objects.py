@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from ckpt_hooks import CheckpointHook, CheckpointManager
+from ckpt_hooks import CheckpointHook, CheckpointManager, InitFrom
 from ckpt_hooks.errors import InvalidArgumentError, InvalidArgumentTypeError, ItemNotFoundError, StructureMismatchError
 from ckpt_hooks.testing import assert_same, damage
 
@@ -84,6 +84,26 @@ def test_a_module_passed_as_the_state_is_updated_in_place_and_returned(tmp_path:
     assert fresh.first.kernel is kernel
     assert fresh.tied is kernel
     assert_same(values(saved), values(fresh))
+
+
+def test_a_module_begins_as_it_is_in_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`init_from` fills a module that is the whole state, from a path that is relative to where the program began."""
+    saved, _ = make(0)
+    with CheckpointHook(tmp_path / "base", every_n_steps=1) as hook:
+        hook(1, saved)
+    fresh, _ = make(1)
+    monkeypatch.chdir(tmp_path)
+    with (
+        CheckpointHook(tmp_path / "tuned", init_from="base") as hook,
+        pytest.raises(ItemNotFoundError, match="'state'"),
+    ):
+        hook.restore(fresh)
+    with CheckpointHook(tmp_path / "tuned", init_from=InitFrom("base", items=["state"])) as hook:
+        monkeypatch.chdir("/")
+        assert hook.restore(fresh) is fresh
+    assert_same(values(saved), values(fresh))
+    with CheckpointHook(tmp_path / "new") as hook:
+        assert hook.restore(fresh, items=["state"])["state"] is fresh
 
 
 def test_a_run_that_stops_goes_on_to_the_same_bits(tmp_path: Path) -> None:

@@ -249,8 +249,9 @@ def test_state_that_cannot_be_saved_is_refused(tmp_path: Path, value: Any, name:
 
 
 def test_prng_key_in_a_state_is_refused(tmp_path: Path) -> None:
-    """A typed PRNG key, which belongs into the state that is trained, is a TypeError."""
-    with Checkpointer(IteratorCheckpointHandler()) as checkpointer, pytest.raises(TypeError, match="key"):
+    """A typed PRNG key, which belongs into the state that is trained, is a TypeError that names its place."""
+    says = r"get_state\(\)\['key'\] holds what is no array of numbers"
+    with Checkpointer(IteratorCheckpointHandler()) as checkpointer, pytest.raises(TypeError, match=says):
         checkpointer.save(tmp_path / "c", Stateful({"key": jax.random.key(0)}))
     assert os.listdir(tmp_path) == []
 

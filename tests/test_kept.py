@@ -217,6 +217,19 @@ def test_a_damaged_newest_step_is_not_the_newest_for_the_next_save(tmp_path: Pat
     assert names_in(tmp_path) == ["6", "8", "8.damaged"]
 
 
+def test_a_step_that_was_mended_by_hand_stays_where_it_is(tmp_path: Path) -> None:
+    """Where a whole checkpoint has taken the place of the damaged one, the next save sets nothing aside."""
+    with manager_of(tmp_path, keep=None) as manager:
+        save_steps(manager, 4, 8)
+        shutil.copytree(tmp_path / "8", tmp_path / "copy")
+        damage(tmp_path, 8)
+        assert manager.restore()["step"] == 4
+        shutil.rmtree(tmp_path / "8")
+        (tmp_path / "copy").rename(tmp_path / "8")
+        save_steps(manager, 12)
+    assert names_in(tmp_path) == ["12", "4", "8"]
+
+
 def test_every_change_is_seen_by_a_reader_that_was_there_before(tmp_path: Path) -> None:
     """Saves, deletions and rollbacks of another manager are seen by the next call, without a pause."""
     reader = manager_of(tmp_path)

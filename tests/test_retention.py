@@ -224,3 +224,19 @@ def test_a_policy_may_name_steps_that_are_still_to_come() -> None:
             return {2, 1000}
 
     assert steps_to_keep(check_policies([LatestN(1), Milestones()]), {1: {}, 2: {}, 3: {}}) == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("result", "says"), [(None, "TypeError"), (ZeroDivisionError("by zero"), "ZeroDivisionError: by")]
+)
+def test_a_policy_that_fails_is_named(result: Any, says: str) -> None:
+    """The error of a policy of the user's says that it was asked, and about which steps."""
+
+    class Broken:
+        def keep(self, metrics: Mapping[int, Mapping[str, object]]) -> set[int]:
+            if isinstance(result, Exception):
+                raise result
+            return result  # type: ignore[no-any-return]
+
+    with pytest.raises(InvalidArgumentError, match=rf"Broken.*steps \[1, 2\]: {says}"):
+        steps_to_keep(check_policies(Broken()), {1: {}, 2: {}})

@@ -85,7 +85,10 @@ def _encode(value: Any, where: str) -> Any:
 
 
 def _encode_array(value: Any, where: str) -> dict[str, Any]:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except TypeError as error:  # a typed PRNG key
+        raise NotSerializableError(f"{where} holds what is no array of numbers: {error}") from error
     if array.dtype.kind not in "biufc":
         raise NotSerializableError(f"{where} holds an array of dtype {array.dtype}")
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
