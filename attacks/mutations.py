@@ -85,7 +85,6 @@ GUARDED = re.compile(
 
 # {mutation: why nobody could tell that it is gone}
 EQUIVALENT: dict[str, str] = {
-    "threads.py run_parallel: end.wait() -> pass": "the loop around it waits too, only busily",
     "run.py RunDirectory._replace_files: commit.sync_directory(path) -> pass": (
         "the metadata, which are replaced next, sync the same directory; until then the checksums accept either"
     ),

@@ -127,6 +127,7 @@ class RunAhead(Iterator[Any]):
         self._num_ahead, self._put = require_count(num_ahead, "num_ahead"), put
         self._iterator = require_stateful("iterator", iterator)
         self._drawn: collections.deque[tuple[Any, Any]] = collections.deque()  # (element, the state after it)
+        self._to_put: list[tuple[Any, Any]] = []  # likewise, at most one
         self._state = self._state_of_iterator()
         if can_divide_anew(iterator):
             self.set_states = self._set_states
@@ -136,11 +137,15 @@ class RunAhead(Iterator[Any]):
 
     def __next__(self) -> Any:
         while len(self._drawn) <= self._num_ahead:
-            try:
-                element = next(self._iterator)
-            except StopIteration:
-                break
-            self._drawn.append((self._put(element), self._state_of_iterator()))
+            if not self._to_put:  # where `put` has failed, its element comes once more: none is passed over
+                try:
+                    element = next(self._iterator)
+                except StopIteration:
+                    break
+                self._to_put.append((element, self._state_of_iterator()))
+            element, state = self._to_put[0]
+            self._drawn.append((self._put(element), state))
+            self._to_put.clear()
         if not self._drawn:
             raise StopIteration
         element, self._state = self._drawn.popleft()
@@ -164,4 +169,5 @@ class RunAhead(Iterator[Any]):
 
     def _forget(self) -> None:
         self._drawn.clear()
+        self._to_put.clear()
         self._state = self._state_of_iterator()

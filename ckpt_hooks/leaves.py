@@ -39,6 +39,7 @@ _SCALAR_DTYPES: dict[type, np.dtype] = {
     float: np.dtype(np.float64),
     complex: np.dtype(np.complex128),
 }
+_PACKED = frozenset({"int2", "uint2", "int4", "uint4"})  # in JAX several to a byte, in NumPy one
 _ARRAY_CLASSES = (np.ndarray, np.memmap)  # a file that is mapped is only where the numbers are
 # The extended types that zarr v2 in tensorstore, and so Orbax, can read.
 _EXTENDED_DTYPES = frozenset(
@@ -231,9 +232,9 @@ def shard_arrays(plan: LeafPlan, leaf: jax.Array, process: int) -> list[jax.Arra
 
 
 def is_on_host(array: jax.Array) -> bool:
-    """Whether NumPy can see the memory of an array without a transfer."""
+    """Whether NumPy can see the memory of an array without a copy, which one of half bytes needs anywhere."""
     devices: Any = array.sharding.device_set
-    return all(device.platform == "cpu" for device in devices)
+    return array.dtype.name not in _PACKED and all(device.platform == "cpu" for device in devices)
 
 
 # ------------------------------------------------------------------ Orbax's JSON files

@@ -66,7 +66,9 @@ _NOT_DAMAGE = (
     NameCollisionError,
     StructureMismatchError,
     UnsupportedLeafError,
+    ImportError,
     MemoryError,
+    jax.errors.JaxRuntimeError,  # of a device: it has no room, for one
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
 _FAULT_ERRNOS = frozenset({errno.EIO, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT})

@@ -72,40 +72,47 @@ class BackgroundTask:
 
 
 def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
-    """Runs the tasks on this thread and `num_threads - 1` others; raises the first error."""
+    """Runs the tasks on this thread and `num_threads - 1` others; when all have ended, raises the first error."""
     remaining = iter(tasks)
-    lock = threading.Lock()
+    taking = threading.Lock()
+    # Each is held by a thread while it works. After Ctrl-C, join() takes a thread for ended in Python 3.11, and whoever
+    # sets or awaits an Event may wait for ever.
+    at_work = [threading.Lock() for _ in range(num_threads - 1)]
     errors: list[BaseException] = []
 
     def work() -> None:
-        while not errors:
-            with lock:
-                task = next(remaining, None)
-            if task is None:
-                return
-            try:
-                task()
-            except BaseException as error:
-                errors.append(error)
-
-    def work_until(done: threading.Event) -> None:
-        work()
-        done.set()
-
-    ends = []
-    for _ in range(num_threads - 1):
-        end = threading.Event()
         try:
-            threading.Thread(target=work_until, args=(end,), name="ckpt_hooks-io").start()
-        except RuntimeError:  # the interpreter is ending: a save in flight commits all the same, more slowly
-            break
-        ends.append(end)
-    work()
-    for end in ends:
-        while not end.is_set():  # not join(), which in Python 3.11 takes a thread for ended if Ctrl-C interrupts it
-            try:
-                end.wait()
-            except BaseException as error:  # Ctrl-C: no thread may outlive the file that it writes to
-                errors.append(error)
+            while not errors:
+                with taking:
+                    task = next(remaining, None)
+                if task is None:
+                    return
+                task()
+        except BaseException as error:  # of a task, or of what makes them
+            errors.append(error)
+
+    def work_holding(lock: threading.Lock) -> None:
+        with lock:  # who gets it late finds no task left, or an error
+            work()
+
+    def work_with_others() -> None:
+        for lock in at_work:
+            try:  # a daemon: one that Ctrl-C in start() has stopped for ever must not keep the interpreter from ending
+                threading.Thread(target=work_holding, args=(lock,), name="ckpt_hooks-io", daemon=True).start()
+            except RuntimeError:  # the interpreter is ending: a save in flight commits all the same, more slowly
+                break
+        work()
+
+    is_over = False
+    while not is_over:
+        try:
+            if not errors:
+                work_with_others()
+            for lock in at_work:
+                with lock:
+                    pass
+            is_over = True
+        except BaseException as error:  # Ctrl-C, anywhere: no thread may outlive the file that it writes to
+            errors.append(error)
     if errors:
         raise errors[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -401,3 +401,24 @@ def test_running_ahead_of_what_has_no_state() -> None:
         RunAhead(iter([1, 2]))
     with pytest.raises(ValueError, match="num_ahead"):
         RunAhead(ShuffledIndices(4, 2), num_ahead=-1)
+
+
+def test_an_element_that_could_not_be_put_comes_again() -> None:
+    """Where `put` fails, as a device without room does, no element is passed over."""
+    calls = count(1)
+
+    def put(element: Any) -> Any:
+        if next(calls) in (1, 4, 5):
+            raise MemoryError
+        return element
+
+    expected = ShuffledIndices(12, 2, seed=0)
+    ahead = RunAhead(ShuffledIndices(12, 2, seed=0), num_ahead=1, put=put)
+    found: list[Any] = []
+    while len(found) < 6:
+        try:
+            found.append(next(ahead).tolist())
+        except MemoryError:
+            continue
+    assert next(calls) > 9
+    assert found == [next(expected).tolist() for _ in range(6)]

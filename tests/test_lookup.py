@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import pytest
 
 from ckpt_hooks import CheckpointManager
 from ckpt_hooks.errors import StorageError
-from ckpt_hooks.storage.lookup import is_directory, is_file, is_named, is_there
+from ckpt_hooks.storage.checksums import FileChecksums, array_problems
+from ckpt_hooks.storage.commit import sync_tree
+from ckpt_hooks.storage.lookup import is_directory, is_file, is_named, is_there, walk
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, path: Path, code: int = errno.EIO) -> None:
@@ -55,6 +58,48 @@ def test_links_are_followed_but_for_their_names(tmp_path: Path) -> None:
     assert answers == [True, False, False, False]
     (tmp_path / "nothing").mkdir()
     assert is_directory(tmp_path / "link")
+
+
+@pytest.mark.parametrize("go_through", [sync_tree, FileChecksums.of_directory, lambda path: list(array_problems(path))])
+def test_a_directory_that_cannot_be_listed_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, go_through: Callable[[str], object]
+) -> None:
+    """What is in it would be neither synced nor covered nor verified, and nobody would be told."""
+    (tmp_path / "params").mkdir()
+    scandir = os.scandir
+
+    def failing(asked: Any) -> Any:
+        if os.fspath(asked) == str(tmp_path / "params"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), asked)
+        return scandir(asked)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(OSError, match=r"Input/output error.*params"):
+        go_through(str(tmp_path))
+
+
+def test_a_name_that_cannot_be_told_from_a_directory_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Some file systems list names alone, and whether one is a directory is a look-up more, which may fail."""
+
+    class Entry:
+        name = "params"
+
+        def is_dir(self) -> bool:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), self.name)
+
+    monkeypatch.setattr(os, "scandir", lambda _: contextlib.nullcontext([Entry()]))
+    with pytest.raises(OSError, match=r"Input/output error.*params"):
+        list(walk(str(tmp_path)))
+
+
+def test_a_link_to_a_directory_is_listed_and_not_followed(tmp_path: Path) -> None:
+    """As by `os.walk`: what it leads to is no part of the checkpoint, and may be a directory that it is in."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    os.symlink(tmp_path, tmp_path / "folder" / "link")
+    assert list(walk(str(tmp_path))) == list(os.walk(tmp_path))
 
 
 def test_a_failing_look_at_an_item_costs_no_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -856,6 +856,23 @@ def test_a_damaged_checkpoint_is_set_aside_at_the_next_save(make: Make, run: Pat
     assert {k: v[0] for k, v in everything_in(run / "10.damaged").items()} == {k: v[0] for k, v in content.items()}
 
 
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), ImportError("no module")])
+def test_a_device_without_room_is_no_damage(make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """What an older checkpoint would meet as well is raised as it is, and the newest one stays the newest."""
+    manager = make()
+    save_steps(manager, 1, 2)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ckpt_hooks.loading.place_on_devices", fails)
+        with pytest.raises(type(error), match=str(error)):
+            manager.restore(state_at(0))
+    assert manager.latest_step() == 2
+    assert_is_state_at(2, manager.restore(state_at(0)))
+
+
 def test_a_damaged_step_does_not_count_for_retention(make: Make, run: Path) -> None:
     """keep=1 does not delete the good checkpoint in favour of a newer one that was rejected."""
     manager = make(keep=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -84,6 +85,24 @@ def test_what_others_recorded_before_the_lock_counts(run: Path) -> None:
     with trainer:
         trainer.save(40, STATE, metrics={"loss": 4.0})
         assert trainer.steps() == [10, 40]
+
+
+def test_a_leftover_that_cannot_be_looked_at_is_left(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's temporary directory, which nobody here may open, does not stop the run."""
+    leftover = run / "7.orbax-checkpoint-tmp"
+    leftover.mkdir(parents=True)
+    lock = commit.DirectoryLock
+
+    def forbidden(path: str) -> commit.DirectoryLock:
+        if path == os.fspath(leftover):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return lock(path)
+
+    monkeypatch.setattr(commit, "DirectoryLock", forbidden)
+    with open_run(run) as manager:
+        manager.save(8, STATE)
+        assert manager.steps() == [8]
+    assert leftover.is_dir()
 
 
 # ------------------------------------------------------------------ processes

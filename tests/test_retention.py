@@ -236,7 +236,7 @@ def test_a_policy_that_fails_is_named(result: Any, says: str) -> None:
         def keep(self, metrics: Mapping[int, Mapping[str, object]]) -> set[int]:
             if isinstance(result, Exception):
                 raise result
-            return result  # type: ignore[no-any-return]
+            return result
 
     with pytest.raises(InvalidArgumentError, match=rf"Broken.*steps \[1, 2\]: {says}"):
         steps_to_keep(check_policies(Broken()), {1: {}, 2: {}})

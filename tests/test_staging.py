@@ -123,6 +123,16 @@ def test_the_items_of_a_checkpoint_share_one_bound(tmp_path: Path, hold: Hold, m
         assert typed_bits(manager.restore()) == typed_bits(state)
 
 
+def test_what_is_fetched_is_not_kept_by_the_callers_arrays(tmp_path: Path) -> None:
+    """JAX keeps the host copy of an array that is not on the host, or is of four bits, as long as the array lives."""
+    state = {f"w{i}": jnp.full((1000, 1000), i, jnp.int4) for i in range(4)}
+    with CheckpointManager(tmp_path, max_host_bytes=0) as manager:
+        manager.save(1, state)
+        manager.wait()
+        assert all(getattr(array, "_npy_value", None) is None for array in state.values())
+        assert typed_bits(manager.restore(state)) == typed_bits(state)
+
+
 def test_a_save_that_is_over_holds_nothing(tmp_path: Path) -> None:
     """The bound counts the saves in flight, also after one that failed half-way."""
     state = {f"w{i}": np.full(MIB // 8, i, np.float64) for i in range(4)}
@@ -184,11 +194,16 @@ def test_saves_in_the_background_take_memory_once(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(writer, "aligned_memory", counting)
     state = {"w": np.ones(MIB // 8), "v": np.ones(MIB // 4)}
+    pwrite = os.pwrite
+
+    def take_no_arrays(descriptor: int, content: memoryview, offset: int) -> int:
+        return 0 if len(content) >= MIB else pwrite(descriptor, content, offset)
+
     with AsyncCheckpointer(StandardCheckpointHandler()) as checkpointer:
         for number in range(4):
             with monkeypatch.context() as patch:
                 if number == 1:
-                    patch.setattr(os, "pwrite", lambda *_: 0)
+                    patch.setattr(os, "pwrite", take_no_arrays)
                 checkpointer.save(tmp_path / str(number), state)
                 with pytest.raises(SaveFailedError) if number == 1 else contextlib.nullcontext():
                     checkpointer.wait_until_finished()

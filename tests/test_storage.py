@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import itertools
+import linecache
 import os
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import google_crc32c
@@ -21,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt_hooks import threads
 from ckpt_hooks.errors import CorruptCheckpointError, DiskFullError, RunLockedError
 from ckpt_hooks.storage import checksums, commit, layout, lookup, ocdbt, varints, writer
 from ckpt_hooks.storage.foreign import ForeignArrays
@@ -390,11 +393,16 @@ def test_a_disk_without_the_space_is_found_before_anything_is_written(
     assert written == []
 
 
-def test_a_write_that_takes_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "write", [lambda path: write_item(path, {"a": np.arange(700)}), lambda path: commit.write_file(str(path), "text")]
+)
+def test_a_write_that_takes_nothing_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
     """A file system that neither writes nor fails is not asked for ever."""
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(OSError, match="takes no more bytes"):
-        write_item(tmp_path / "i", {"a": np.arange(700)})
+        write(tmp_path / "i")
 
 
 def test_a_failing_write_is_raised_and_closes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,6 +441,89 @@ def test_without_new_threads_this_one_does_the_work(monkeypatch: pytest.MonkeyPa
     done: list[int] = []
     run_parallel([lambda i=i: done.append(i) for i in range(5)], 4)  # type: ignore[misc]
     assert done == list(range(5))
+
+
+def test_an_error_in_making_a_task_is_raised() -> None:
+    """Also where it is another thread that asked for the task, for whose end nobody waits in vain."""
+
+    def tasks() -> Iterator[Callable[[], None]]:
+        while threading.current_thread().name != "ckpt_hooks-io":
+            yield lambda: time.sleep(0.01)
+        raise MemoryError("no room for a task")
+
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            run_parallel(tasks(), 2)
+        except MemoryError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # so that a test that fails ends
+    thread.start()
+    thread.join(20)
+    assert [str(error) for error in raised] == ["no room for a task"]
+
+
+def test_ctrl_c_leaves_no_task_running() -> None:
+    """At whichever line of the call it strikes, what the tasks write to may be closed when the call has ended."""
+    running: list[None] = []
+
+    def task() -> None:
+        running.append(None)
+        time.sleep(0.005)
+        running.pop()
+
+    for at in itertools.count(1):
+        lines = itertools.count(1)
+
+        def strike(frame: FrameType, event: str, _: Any, at: int = at, lines: Iterator[int] = lines) -> Any:
+            if frame.f_code.co_filename != threads.__file__:
+                return None
+            # Python looks for no signal between the end of a `with` and the lock's release.
+            is_with = linecache.getline(threads.__file__, frame.f_lineno).strip().startswith("with ")
+            if event == "line" and not is_with and next(lines) == at:
+                raise KeyboardInterrupt
+            return strike
+
+        before = sys.gettrace()
+        sys.settrace(strike)
+        try:
+            run_parallel([task] * 4, 3)
+        except KeyboardInterrupt:
+            assert running == [], f"at line {at} of those that it passes"
+        else:
+            assert at > 20
+            return
+        finally:
+            sys.settrace(before)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_ctrl_c_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch, begins: bool) -> None:
+    """A thread that has begun is waited for; one that has not is not, and finds nothing to do when it does begin."""
+    started: list[threading.Thread] = []
+    done: list[int] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        started.append(thread)
+        if begins:
+            start(thread)
+        raise KeyboardInterrupt
+
+    def task() -> None:
+        time.sleep(0.05)
+        done.append(1)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_parallel([task] * 4, 2)
+    assert len(done) == begins
+    if not begins:
+        started[0].run()
+    time.sleep(0.1)
+    assert len(done) == begins
 
 
 # ------------------------------------------------------------------ file checksums

@@ -40,7 +40,7 @@ import xxhash
 
 from ckpt_hooks.errors import CorruptCheckpointError
 from ckpt_hooks.storage.commit import COMMIT_MARKER
-from ckpt_hooks.storage.lookup import blocks_of, content_of, is_directory, is_file, is_there, read_file
+from ckpt_hooks.storage.lookup import blocks_of, content_of, is_directory, is_file, is_there, read_file, walk
 from ckpt_hooks.storage.per_process import ARRAY_FILE, DATA_FOLDER, array_file, is_for_another
 
 __all__ = [
@@ -219,9 +219,9 @@ class FileChecksums:
     def of_directory(cls, directory: str) -> FileChecksums:
         """Reads and sums every file below `directory` that no ``_ARRAY_CHECKSUMS`` covers."""
         files: dict[str, tuple[Digest, ...]] = {}
-        for folder, folders, names in os.walk(directory):
+        for folder, folders, names in walk(directory):
             if ARRAY_FILE in names:
-                folders.remove(DATA_FOLDER)  # the array table covers its files; os.walk does not go there now
+                folders.remove(DATA_FOLDER)  # the array table covers its files; walk() does not go there now
             here = folder[len(directory) + 1 :]
             for name in names:
                 path = f"{here}/{name}" if here else name
@@ -340,7 +340,7 @@ class FileChecksums:
 
 def array_problems(directory: str) -> Iterator[str]:
     """Reads every data file below `directory` and names each piece that is not what was saved."""
-    for folder, _, names in os.walk(directory):
+    for folder, _, names in walk(directory) if is_directory(directory) else ():  # it may be one file of Flax's
         if ARRAY_FILE in names:
             try:
                 for process in range(ArrayChecksums.read(folder).num_tables):

@@ -20,7 +20,8 @@ import weakref
 from collections.abc import Callable
 
 from ckpt_hooks.errors import RunLockedError, explain_os_error
-from ckpt_hooks.storage.lookup import is_directory, is_named, is_there
+from ckpt_hooks.storage.lookup import is_directory, is_named, is_there, walk
+from ckpt_hooks.storage.memory import seek_and_write
 from ckpt_hooks.threads import run_parallel
 
 __all__ = [
@@ -37,10 +38,10 @@ __all__ = [
     "remove_tree",
     "rename",
     "replace_file",
-    "start_writeback",
     "sync_directory",
     "sync_file",
     "sync_tree",
+    "write_all",
     "write_file",
 ]
 
@@ -87,14 +88,33 @@ def make_parents(path: str) -> None:
 
 def write_file(path: str, data: bytes | str) -> None:
     """Writes a file that `sync_tree` will make durable."""
-    view = memoryview(data.encode() if isinstance(data, str) else data)
+    content = memoryview(data.encode() if isinstance(data, str) else data)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        while view:
-            view = view[os.write(descriptor, view) :]  # which may write less
-        start_writeback(descriptor)
+        write_all(descriptor, content, 0)
     finally:
         os.close(descriptor)
+
+
+def write_all(descriptor: int, content: memoryview, position: int) -> None:
+    """Writes until everything is written: a write may be short where a disk is nearly full."""
+    write = getattr(os, "pwrite", seek_and_write)
+    rest, end = content, position
+    while rest:
+        written = write(descriptor, rest, end)
+        if written == 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes, and does not say why")
+        rest, end = rest[written:], end + written
+    if _sync_file_range is not None:  # the system begins to bring it to the disk: less is left for `fsync`. Only a hint
+        place = ctypes.c_int64(position), ctypes.c_int64(len(content))
+        _sync_file_range(descriptor, *place, _SYNC_FILE_RANGE_WRITE)
+
+
+_sync_file_range: Callable[..., int] | None
+try:
+    _sync_file_range = ctypes.CDLL(None).sync_file_range
+except (AttributeError, OSError):  # only Linux has it
+    _sync_file_range = None
 
 
 def replace_file(path: str, data: bytes | str, *, durable: bool = True, scratch: str | None = None) -> None:
@@ -120,23 +140,10 @@ def replace_file(path: str, data: bytes | str, *, durable: bool = True, scratch:
 # ------------------------------------------------------------------ durability
 
 
-def start_writeback(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
-    """Lets the system begin to write a file, or a part of it, to the disk: less is left for `fsync`. Only a hint."""
-    if _sync_file_range is not None:
-        _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
-
-
-_sync_file_range: Callable[..., int] | None
-try:
-    _sync_file_range = ctypes.CDLL(None).sync_file_range
-except (AttributeError, OSError):  # only Linux has it
-    _sync_file_range = None
-
-
 def sync_tree(directory: str, is_others: Callable[[str], bool] | None = None) -> None:
     """Makes every file and directory below `directory`, and itself, durable, but files that `is_others`."""
     paths = [directory]
-    for folder, folders, files in os.walk(directory):
+    for folder, folders, files in walk(directory):
         paths += [os.path.join(folder, name) for name in (*folders, *files)]
     if is_others is not None:
         paths = list(itertools.filterfalse(is_others, paths))
@@ -281,10 +288,8 @@ def remove_dead_temporaries(directory: str) -> list[str]:
         names = [entry.name for entry in entries if TMP_SUFFIX in entry.name]
     for name in names:
         path = os.path.join(directory, name)
-        if is_directory(path) and not _is_dead(path):
-            continue
         try:
-            if _take_back(path):
+            if (is_directory(path) and not _is_dead(path)) or _take_back(path):
                 continue
             remove_tree(path)
         except OSError as error:

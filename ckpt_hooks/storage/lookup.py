@@ -1,7 +1,7 @@
-"""What is on the disk: its path, whether something is there, and what is in a small file.
+"""What is on the disk: its path, whether something is there, what is below it, and what is in a small file.
 
-To `os.path.exists` and its like a disk that fails looks like an empty one: here it is an error. A step that one failing
-look-up calls absent would be passed over, or taken for damaged, or a run would begin afresh.
+To `os.path.exists`, `os.walk` and their like a disk that fails looks like an empty one: here it is an error. A step
+that one failing look-up calls absent would be passed over, or taken for damaged, or a run would begin afresh.
 
 A small file is read whole and, within one restore, once: what a check has read is what is used afterwards.
 """
@@ -31,6 +31,7 @@ __all__ = [
     "local_path",
     "open_to_read",
     "read_file",
+    "walk",
 ]
 
 _NOT_THERE_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG})
@@ -102,6 +103,21 @@ def _mode(path: _Path, *, follow_symlinks: bool = True) -> int | None:
         if error.errno in _NOT_THERE_ERRNOS:
             return None
         raise explain_os_error(error, f"cannot look at {os.fspath(path)}") from error
+
+
+def walk(directory: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`, but what cannot be listed is an error.
+
+    It would go without its checksum and its fsync, and the save be reported as durable.
+    """
+    with os.scandir(directory) as listed:
+        entries = list(listed)
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    links = {entry.name for entry in entries if entry.is_symlink()}
+    yield directory, folders, [entry.name for entry in entries if not entry.is_dir()]
+    for name in folders:  # but those that the caller has taken out of the list
+        if name not in links:
+            yield from walk(os.path.join(directory, name))
 
 
 # ------------------------------------------------------------------ small files

@@ -1,4 +1,4 @@
-"""Host memory: aligned, in huge pages where it is large, and filled from files."""
+"""Host memory: aligned, in huge pages where it is large, and filled from files or written to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Bytes", "aligned_memory", "fill", "host_bytes"]
+__all__ = ["Bytes", "aligned_memory", "fill", "host_bytes", "seek_and_write"]
 
 _OWN_PAGES_BYTES = 64 << 10  # below it, what the allocator has at hand costs less than new pages
 _HUGE_PAGE_BYTES = 2 << 20
@@ -56,6 +56,13 @@ def fill(descriptor: int, target: memoryview, offset: int) -> int:
             break
         count += got
     return count
+
+
+def seek_and_write(descriptor: int, content: memoryview, position: int) -> int:
+    """`os.pwrite`, where the platform has none."""
+    with _seek_lock:  # the threads share the descriptor, and so its position
+        os.lseek(descriptor, position, os.SEEK_SET)
+        return os.write(descriptor, content)
 
 
 _seek_lock = threading.Lock()

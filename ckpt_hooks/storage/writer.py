@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import google_crc32c
+import jax
 import numpy as np
 
 from ckpt_hooks.storage import commit, ocdbt
@@ -172,7 +173,7 @@ class ArrayWriter:
         """Brings what these blocks need from the accelerators, all transfers side by side."""
         remote = self._remote
         parts = {part for number in numbers for part in self._blocks[number].parts if part in remote}
-        arrays = {part: remote.pop(part) for part in parts}
+        arrays = {part: _without_a_cache(remote.pop(part)) for part in parts}
         for array in arrays.values():
             array.copy_to_host_async()
         for part, array in arrays.items():
@@ -253,8 +254,7 @@ class ArrayWriter:
         # The checksum is taken just before the write, from the bytes that are written: whatever happens to them
         # after this line, in memory, on the bus or on the disk, is found when they are read.
         self._digests[block.offset] = [digest(content[start:stop]) for start, stop in block.pieces]
-        _write_all(descriptor, content, block.offset)
-        commit.start_writeback(descriptor, block.offset, block.nbytes)
+        commit.write_all(descriptor, content, block.offset)
 
     def _content(self, block: Block) -> Content:
         """The bytes of a block: a view of a part of a large chunk, or small ones and constants in one piece."""
@@ -271,27 +271,13 @@ class ArrayWriter:
         return joined + google_crc32c.value(joined).to_bytes(4, "little") if block.is_node else joined
 
 
+def _without_a_cache(array: Any) -> Any:
+    """The same buffer in another JAX array: who is asked keeps a host copy, and the caller keeps his array."""
+    data = array.addressable_data(0)
+    return jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+
+
 # ------------------------------------------------------------------ system calls
-
-
-def _write_all(descriptor: int, content: memoryview, position: int) -> None:
-    """Writes until everything is written: a write may be short where a disk is nearly full."""
-    write = getattr(os, "pwrite", _seek_and_write)
-    while content:
-        written = write(descriptor, content, position)
-        if written == 0:
-            raise OSError(errno.EIO, "the file system takes no more bytes, and does not say why")
-        content, position = content[written:], position + written
-
-
-def _seek_and_write(descriptor: int, content: memoryview, position: int) -> int:
-    """`os.pwrite`, where the platform has none."""
-    with _seek_lock:  # the threads share the descriptor, and so its position
-        os.lseek(descriptor, position, os.SEEK_SET)
-        return os.write(descriptor, content)
-
-
-_seek_lock = threading.Lock()
 
 
 def _preallocate(descriptor: int, nbytes: int) -> None:

@@ -22,6 +22,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Self, get_args
 
+from ckpt_hooks.storage.lookup import walk
+
 __all__ = [
     "Damage",
     "Kind",
@@ -288,7 +290,7 @@ def _with_others(top: str, path: str, others: Iterable[str], kinds: set[Kind]) -
 def _below(top: str) -> tuple[list[str], list[str]]:
     """The files and the directories below a directory, relative to it."""
     files, folders = [], []
-    for folder, names, file_names in os.walk(top):
+    for folder, names, file_names in walk(top):
         here = os.path.relpath(folder, top)
         prefix = "" if here == "." else f"{here}/"
         folders += [prefix + name for name in names]

@@ -11,6 +11,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 
+from ckpt_hooks.storage.lookup import walk
+
 __all__ = [
     "ROOT",
     "Create",
@@ -175,7 +177,7 @@ def changed(content: bytes, operation: Write | Resize) -> bytes:
 def read_tree(directory: str) -> dict[str, bytes | None]:
     """The files and directories below a directory, as `Image.tree` gives them."""
     found: dict[str, bytes | None] = {}
-    for folder, folders, files in os.walk(directory):
+    for folder, folders, files in walk(directory):
         here = os.path.relpath(folder, directory)
         prefix = "" if here == "." else f"{here}/"
         found |= {prefix + name: None for name in folders}
