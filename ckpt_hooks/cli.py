@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import os
 import sys
@@ -31,14 +32,18 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 1 for damage or a difference, 2 for what cannot be done."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a metric's name that the terminal has no letters for
     try:
-        return _run(options)
+        code = _run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `ckpt-hooks show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end would fail as well
+        return 0
     except (CheckpointError, OSError) as error:
         print(f"ckpt-hooks: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `ckpt-hooks show ... | head`
-        sys.stderr.close()
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,16 +75,23 @@ def _run(options: argparse.Namespace) -> int:
 def _ls(manager: CheckpointManager, options: argparse.Namespace) -> int:
     run = RunDirectory(options.run)
     run.take_stock()
-    rows = [("step", "size", "committed", "metrics")]
+    rows: list[tuple[str, ...]] = [("step", "size", "committed", "metrics")]
+    damaged = False
+    row: tuple[str, ...]
     for step in manager.steps():
-        metadata = manager.metadata(step)
-        metrics = ", ".join(f"{name}={_number(value)}" for name, value in metadata.metrics.items())
-        size = _size(_tree_nbytes(run.find(step)))
-        rows.append((str(step), size, _time(metadata.commit_timestamp_nsecs), metrics))
+        try:
+            metadata = manager.metadata(step)
+            metrics = ", ".join(f"{name}={_number(value)}" for name, value in metadata.metrics.items())
+            row = _size(_tree_nbytes(run.find(step))), _time(metadata.commit_timestamp_nsecs), metrics
+        except (CheckpointNotFoundError, FileNotFoundError):  # removed since they were listed
+            continue
+        except CheckpointError as error:
+            damaged, row = True, ("-", "-", f"DAMAGED: {error}")
+        rows.append((str(step), *row))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print(f"{row[0]:>{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]}".rstrip())
-    return 0
+    return int(damaged)
 
 
 def _show(manager: CheckpointManager, options: argparse.Namespace) -> int:
@@ -101,7 +113,10 @@ def _show(manager: CheckpointManager, options: argparse.Namespace) -> int:
 
 def _verify(manager: CheckpointManager, options: argparse.Namespace) -> int:
     damaged = False
-    for step in options.steps or manager.steps():
+    steps = options.steps or manager.steps()
+    if not steps:
+        raise CheckpointNotFoundError(f"{manager.directory} has no checkpoint")
+    for step in steps:
         problems = manager.verify(step)
         damaged |= bool(problems)
         print(f"step {step}: {'ok' if not problems else 'DAMAGED'}")
@@ -131,8 +146,15 @@ def _difference(one: dict[str, Any], other: dict[str, Any], name: str) -> str:
         return ""
     if a.dtype.kind not in "biufc" and a.dtype.kind != "V":
         return f"{a} and {b}"
-    largest = np.max(np.abs(a.astype(np.complex128) - b.astype(np.complex128)))
-    return f"{np.count_nonzero(a != b)} of {a.size} values differ, by at most {largest:.6g}"
+    differ = (a != b) & ~((a != a) & (b != b))  # two NaNs are one value
+    if not differ.any():
+        return "the same numbers in other bits, such as those of -0.0"
+    if a.dtype.kind in "iu":  # as Python's, of which none is too large
+        largest = max(abs(int(x) - int(y)) for x, y in zip(a[differ], b[differ], strict=True))
+    else:
+        with np.errstate(invalid="ignore"):  # of two infinities
+            largest = np.max(np.abs(a[differ].astype(np.complex128) - b[differ].astype(np.complex128)))
+    return f"{np.count_nonzero(differ)} of {a.size} values differ, by at most {_number(largest)}"
 
 
 # ------------------------------------------------------------------ texts
@@ -148,7 +170,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def _time(nsecs: int | None) -> str:
