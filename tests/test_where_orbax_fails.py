@@ -50,7 +50,6 @@ from ckpt_hooks.errors import (
     StructureMismatchError,
     UnsupportedLeafError,
 )
-from tests.faulty import fail
 from tests.sameness import bits, typed_bits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -380,9 +379,16 @@ def test_a_full_disk_does_not_stay_full(tmp_path: Path, monkeypatch: pytest.Monk
     """Where a write fails, Orbax leaves its temporary directory; ours removes it, and the next save works."""
     assert "File too large" in orbax["full"]
     assert orbax["full_leaves"]
+    pwrite = os.pwrite
+
+    def no_room_for_arrays(descriptor: int, content: memoryview, offset: int) -> int:
+        if len(content) > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(descriptor, content, offset)
+
     with ours_at(tmp_path, range(1, 2)) as ours:
         with monkeypatch.context() as patched:
-            fail(patched, os, "pwrite", errno.ENOSPC)
+            patched.setattr(os, "pwrite", no_room_for_arrays)
             ours.save(2, state_of(2, 3000))
             with pytest.raises(SaveFailedError, match="full") as caught:
                 ours.wait()
