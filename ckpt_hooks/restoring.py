@@ -365,10 +365,11 @@ class _Checkpoint:
 
     def _check_missing(self, missing: list[str], wanted: Mapping[str, Any]) -> None:
         if self.changes.missing == "error":
+            meant = tree.is_it(missing[0], self.saved) or "."
             raise ItemNotFoundError(
-                f"{self.path} has no item {missing}; there are {sorted(self.saved)}"
-                f"{tree.is_it(missing[0], self.saved) or '.'} Restore the ones there are with "
-                'items=(...), keep those of `like` with missing="keep", or rename={"saved item": "item of `like`"}.'
+                f"{self.path} has no item {missing}; there are {sorted(self.saved)}{meant} Restore the ones there are "
+                'with items=(...), keep those of `like` with missing="keep", or '
+                'rename={"saved item": "item of `like`"}.'
             )
         for name in missing:
             self.changes.within(name).wanted(tree.named_leaves(wanted[name]), {})  # raises where there is none to keep
