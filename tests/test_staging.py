@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from ckpt_hooks import (
 )
 from ckpt_hooks.errors import SaveFailedError
 from ckpt_hooks.handlers import pytree
-from ckpt_hooks.storage import writer
-from ckpt_hooks.storage.memory import aligned_memory
+from ckpt_hooks.storage import layout, writer
+from ckpt_hooks.storage.memory import aligned_memory, host_bytes
 from ckpt_hooks.storage.writer import ArrayWriter, HostMemory
 from tests.sameness import typed_bits
 
@@ -230,23 +231,58 @@ def test_a_save_in_the_foreground_copies_no_large_array(tmp_path: Path, monkeypa
 # ------------------------------------------------------------------ where arrays may be
 
 
-@pytest.mark.parametrize("checkpointer_class", [Checkpointer, AsyncCheckpointer])
-@pytest.mark.parametrize("max_host_bytes", [None, 0, 3 * MIB])
-def test_arrays_of_an_accelerator_are_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointer_class: type[Checkpointer], max_host_bytes: int | None
-) -> None:
-    """Arrays that NumPy cannot see are brought to the host, some at a time, and saved as they are."""
-    # No accelerator is here: arrays on CPU are taken for remote ones, which goes the same way but for the transfer.
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # None is here: arrays on CPU are taken for remote ones, which goes the same way but for the transfer.
     for module in ("ckpt_hooks.leaves", "ckpt_hooks.handlers.pytree"):
         monkeypatch.setattr(f"{module}.is_on_host", lambda array: False)
     monkeypatch.setattr(writer, "_FETCHED_BYTES", 3 * MIB)
+    monkeypatch.setattr(layout, "BLOCK_BYTES", MIB)
     pytree._cache.clear()
-    state = {**large_state(), "other": jnp.ones((7, 9), jnp.complex64)}
-    with checkpointer_class(StandardCheckpointHandler(ArrayOptions(max_host_bytes=max_host_bytes))) as checkpointer:
+    yield
+    pytree._cache.clear()
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("checkpointer_class", [Checkpointer, AsyncCheckpointer])
+@pytest.mark.parametrize("max_host_bytes", [None, 0, 3 * MIB])
+def test_arrays_of_an_accelerator_are_fetched(
+    tmp_path: Path, checkpointer_class: type[Checkpointer], max_host_bytes: int | None, compression: Any
+) -> None:
+    """Arrays that NumPy cannot see are brought to the host, some at a time, and saved as they are."""
+    state = {**large_state(), "other": jnp.ones((7, 9), jnp.complex64), "wide": jnp.arange(MIB, dtype=jnp.float32)}
+    options = ArrayOptions(max_host_bytes=max_host_bytes, compression=compression)
+    with checkpointer_class(StandardCheckpointHandler(options)) as checkpointer:
         checkpointer.save(tmp_path / "c", state)
         restored = checkpointer.restore(tmp_path / "c", state)
-    pytree._cache.clear()
     assert typed_bits(restored) == typed_bits(state)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("checkpointer_class", [Checkpointer, AsyncCheckpointer])
+def test_what_was_fetched_and_written_is_held_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointer_class: type[Checkpointer], compression: Any
+) -> None:
+    """Neither by the save, before it fetches more, nor by the arrays of the caller, which live on."""
+    state = {f"w{i}": jnp.full(3 * MIB // 2, i, jnp.int4) for i in range(8)}  # whose fetch is a copy, on CPU too
+    fetched: list[weakref.ref[np.ndarray]] = []
+    held_bytes = []
+
+    def note(array: Any) -> np.ndarray:
+        fetched.append(weakref.ref(found := host_bytes(array)))
+        held_bytes.append(sum(array.nbytes for reference in fetched if (array := reference()) is not None))
+        return found
+
+    monkeypatch.setattr(writer, "host_bytes", note)
+    with checkpointer_class(
+        StandardCheckpointHandler(ArrayOptions(max_host_bytes=0, compression=compression))
+    ) as checkpointer:
+        checkpointer.save(tmp_path / "c", state)
+    assert len(held_bytes) == 8
+    assert max(held_bytes) <= 3 * MIB + 3 * MIB // 2  # a window ends with the chunk that fills it
+    assert [getattr(array, "_npy_value") for array in state.values()] == [None] * 8  # noqa: B009  (what JAX keeps)
 
 
 @pytest.mark.parametrize("size", [6, 300_000])

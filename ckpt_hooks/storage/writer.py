@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import google_crc32c
-import jax
 import numpy as np
 
 from ckpt_hooks.storage import commit, ocdbt
@@ -169,15 +168,16 @@ class ArrayWriter:
         np.copyto(place, np.frombuffer(self._content(self._blocks[number]), np.uint8))
         self._held[number] = place.data
 
-    def _fetch(self, numbers: range) -> None:
-        """Brings what these blocks need from the accelerators, all transfers side by side."""
+    def _fetch(self, numbers: range) -> set[int]:
+        """Brings what these blocks need from the accelerators, all transfers side by side; returns the parts."""
         remote = self._remote
         parts = {part for number in numbers for part in self._blocks[number].parts if part in remote}
-        arrays = {part: _without_a_cache(remote.pop(part)) for part in parts}
+        arrays = {part: _with_own_copy(remote.pop(part)) for part in parts}
         for array in arrays.values():
             array.copy_to_host_async()
         for part, array in arrays.items():
             self._pool[part] = host_bytes(array)
+        return parts
 
     # -------------------------------------------------------------- writing
 
@@ -241,13 +241,19 @@ class ArrayWriter:
         return descriptor
 
     def _windows(self, begin: int, end: int) -> Iterator[range]:
-        """Blocks that an accelerator has, brought some at a time: the host need not hold all of them."""
-        window_bytes = 0
+        """Blocks that an accelerator has, brought some at a time: the host need not hold all of them.
+
+        A large chunk, which is brought, and may be compressed, as a whole, is not divided.
+        """
+        blocks, window_bytes = self._blocks, 0
         for number in range(begin, end):
-            window_bytes += self._blocks[number].nbytes
-            if window_bytes > _FETCHED_BYTES or number == end - 1:
-                self._fetch(range(begin, number + 1))
+            window_bytes += blocks[number].nbytes
+            following = blocks[number + 1].parts if number + 1 < len(blocks) else []
+            if number == end - 1 or (window_bytes > _FETCHED_BYTES and following != blocks[number].parts):
+                brought = self._fetch(range(begin, number + 1))
                 yield range(begin, number + 1)
+                for part in brought.difference(following):  # they are written
+                    self._pool[part] = b""
                 begin, window_bytes = number + 1, 0
 
     def _write_block(self, descriptor: int, block: Block, content: memoryview) -> None:
@@ -271,10 +277,9 @@ class ArrayWriter:
         return joined + google_crc32c.value(joined).to_bytes(4, "little") if block.is_node else joined
 
 
-def _without_a_cache(array: Any) -> Any:
-    """The same buffer in another JAX array: who is asked keeps a host copy, and the caller keeps his array."""
-    data = array.addressable_data(0)
-    return jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+def _with_own_copy(array: Any) -> Any:
+    """Another JAX array of the same memory: each keeps what is copied to the host for as long as it lives."""
+    return array.addressable_data(0) if array.is_fully_replicated else array
 
 
 # ------------------------------------------------------------------ system calls
