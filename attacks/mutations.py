@@ -89,9 +89,6 @@ EQUIVALENT: dict[str, str] = {
         "the metadata, which are replaced next, sync the same directory; until then the checksums accept either"
     ),
     "run.py RunDirectory.unlock: self.writer_lock.release() -> pass": "the lock is forgotten next, which releases it",
-    "storage/commit.py DirectoryLock.__init__: self.release() -> pass": (
-        "who is refused has a lock on nothing that anybody waits for, and his descriptor goes with the error"
-    ),
     "storage/commit.py _take_back: sync_directory(os.path.dirname(final)) -> pass": (
         "what a power cut undoes is done again at the next start"
     ),

@@ -304,6 +304,11 @@ class Checkpointer:
         """The next operation's id, which every process counts alike."""
         return next(self._operation_ids)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in flight, in the background."""
+        return False
+
     def close(self) -> None:
         """Closes the handler and the metadata store."""
         method_of(self._handler, "close")()
@@ -378,7 +383,6 @@ class AsyncCheckpointer(Checkpointer):
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is in flight."""
         return self._task is not None and self._task.is_running
 
     def wait_until_finished(self) -> None:

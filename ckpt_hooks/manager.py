@@ -389,11 +389,6 @@ class CheckpointManager:
         if isinstance(self.checkpointer, AsyncCheckpointer):
             self.checkpointer.wait_until_finished()
 
-    @property
-    def is_saving(self) -> bool:
-        """Whether a save is in flight."""
-        return isinstance(self.checkpointer, AsyncCheckpointer) and self.checkpointer.is_saving
-
     def _raise_failure(self) -> None:
         if isinstance(self.checkpointer, AsyncCheckpointer):
             self.checkpointer.check_for_errors()
@@ -403,7 +398,7 @@ class CheckpointManager:
         try:
             self.checkpointer.close()
         finally:
-            if not self.is_saving:  # or Ctrl-C has ended the wait, and the save goes on
+            if not self.checkpointer.is_saving:  # or Ctrl-C has ended the wait, and the save goes on
                 self._run.unlock()
 
     def __enter__(self) -> Self:

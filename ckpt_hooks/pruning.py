@@ -1,6 +1,6 @@
 """Removes the checkpoints of a run that need not stay: what `retention` says, done to a directory that others read.
 
-The run is locked, and no save is in flight.
+The run is locked, and nothing else changes it meanwhile.
 """
 
 from __future__ import annotations

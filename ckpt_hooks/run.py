@@ -74,7 +74,6 @@ class RunDirectory:
         self.known: collections.deque[int] = collections.deque()
         self.older: list[int] = []
         self.flax_newest = -1  # of Flax's own steps, when the directory was last listed
-        self.is_locked = False
         self._listing = Listing(self.path)
         self.writer_lock: commit.DirectoryLock | None = None
         self._warned: set[str] = set()
@@ -184,7 +183,7 @@ class RunDirectory:
     def metrics(self, step: int) -> Mapping[str, Any]:
         """What was recorded at a step, by us or by Orbax; nothing where it cannot be read."""
         # Whoever holds the lock is the only one who records, and a reader never knows.
-        if step not in self.recorded or not self.is_locked:
+        if step not in self.recorded or self.writer_lock is None:
             try:
                 metadata = self.metadata(step)
                 recorded = dict(metadata.metrics or metadata.custom_metadata.get("metrics") or {})
@@ -244,10 +243,7 @@ class RunDirectory:
         except BaseException:
             lock.release()  # at once: whoever keeps the error would keep the run locked
             raise
-        self.writer_lock, self.is_locked = (
-            lock,
-            True,
-        )  # not before: who cannot list a run does not take it for an empty one
+        self.writer_lock = lock  # not before: who cannot list a run does not take it for an empty one
 
     def _clear_up(self) -> None:
         names = self._listing.names()
@@ -261,7 +257,6 @@ class RunDirectory:
         if self.writer_lock is not None:
             self.writer_lock.release()
             self.writer_lock = None
-            self.is_locked = False
 
     def take_stock(self, names: Names | None = None) -> None:
         """Begins anew with what is known of the run's steps, which is its newest one."""
@@ -291,7 +286,7 @@ class RunDirectory:
         """These steps do not verify: they are no checkpoints from now on, and `make_way` moves them aside."""
         self.rejected.update(reasons)
         self._rejected_inodes.update({step: _inode(self.find(step)) for step in reasons})
-        if self.is_locked:
+        if self.writer_lock is not None:
             self.take_stock()
 
     def roll_back(self, step: int) -> None:

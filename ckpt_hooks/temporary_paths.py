@@ -309,7 +309,7 @@ class CommitFileTemporaryPath(TemporaryPath):
                 self._replaced = None
 
 
-# ------------------------------------------------------------------ what is a checkpoint
+# ------------------------------------------------------------------ the final path
 
 
 def check_destination(final: epath.Path, path_class: type[TemporaryPath], *, force: bool) -> None:

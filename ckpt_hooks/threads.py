@@ -36,7 +36,8 @@ class BackgroundTask:
         self._process, self._thread = os.getpid(), 0
         self._claim = threading.Lock()  # taken by who ends it
         self._running = threading.Lock()  # held until it has ended
-        self._has_ended = not self._running.acquire()
+        self._running.acquire()
+        self._has_ended = False
 
     def start(self, on_interrupt: Callable[[BaseException], object]) -> None:
         """Begins; where the call will never be made (Ctrl-C), `on_interrupt` is called and the error raised."""
@@ -75,9 +76,7 @@ def run_parallel(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
     """Runs the tasks on this thread and `num_threads - 1` others; when all have ended, raises the first error."""
     remaining = iter(tasks)
     taking = threading.Lock()
-    # Each is held by a thread while it works. After Ctrl-C, join() takes a thread for ended in Python 3.11, and whoever
-    # sets or awaits an Event may wait for ever.
-    at_work = [threading.Lock() for _ in range(num_threads - 1)]
+    at_work = [threading.Lock() for _ in range(num_threads - 1)]  # each is held by a thread while it works
     errors: list[BaseException] = []
 
     def work() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import ckpt_hooks
 from ckpt_hooks import BestN, CheckpointManager, LatestN
 from ckpt_hooks.errors import CheckpointNotFoundError, RunLockedError
 from ckpt_hooks.storage import commit
+from tests.faulty import fail
 
 STATE = {"w": np.arange(3.0)}
 
@@ -71,6 +73,33 @@ def test_a_lock_on_a_directory_that_was_replaced_meanwhile_is_none(tmp_path: Pat
     assert held.is_of(os.fspath(tmp_path.with_name("aside")))
     held.release()
     assert not held.is_of(os.fspath(tmp_path.with_name("aside")))
+
+
+def test_a_lock_that_comes_after_a_replacement_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking, somebody else has put another directory there: its one writer is another one."""
+    flock = fcntl.flock
+
+    def replaced_first(descriptor: int, operation: int) -> None:
+        (tmp_path / "run").rename(tmp_path / "aside")
+        (tmp_path / "run").mkdir()
+        flock(descriptor, operation)
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(fcntl, "flock", replaced_first)
+    with pytest.raises(RunLockedError):
+        commit.DirectoryLock(os.fspath(tmp_path / "run"))
+
+
+def test_a_disk_that_fails_while_a_lock_is_taken_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not taken for a file system without locks, and the directory is free, also while the error is kept."""
+    with monkeypatch.context() as patch:
+        fail(patch, os.path, "samestat", errno.EIO)
+        with pytest.raises(OSError, match="Input/output error") as kept:
+            commit.DirectoryLock(os.fspath(tmp_path))
+    commit.DirectoryLock(os.fspath(tmp_path)).release()
+    assert kept.value.errno == errno.EIO and not caplog.records
 
 
 def test_what_others_recorded_before_the_lock_counts(run: Path) -> None:

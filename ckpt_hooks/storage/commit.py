@@ -335,19 +335,22 @@ class DirectoryLock:
         self._finalizer = weakref.finalize(self, os.close, self._descriptor)
         _held_locks.add(self)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held_by_another = not self.is_of(path)  # who had it before has put another directory there, his own
-        except OSError as error:
-            is_held_by_another = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            if not is_held_by_another:
-                _log.warning("%s: this file system has no locks (%s); make sure of one writer", path, error)
-        if is_held_by_another:
-            holder = _lock_holder(self._descriptor)
-            self.release()
-            raise RunLockedError(
-                f"{path}: {holder} is writing here. Two writers would mix their checkpoints: wait until it "
-                "ends, close its manager or hook, or choose another directory. Reading needs no lock."
-            )
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_free = True
+            except OSError as error:
+                is_free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+                if is_free:
+                    _log.warning("%s: this file system has no locks (%s); make sure of one writer", path, error)
+            if not (is_free and self.is_of(path)):  # who had it before may have put another directory there, his own
+                raise RunLockedError(
+                    f"{path}: {_lock_holder(self._descriptor)} is writing here. Two writers would mix their "
+                    "checkpoints: wait until it ends, close its manager or hook, or choose another directory. Reading "
+                    "needs no lock."
+                )
+        except BaseException:
+            self.release()  # at once: whoever keeps the error would keep the directory locked
+            raise
 
     def is_of(self, path: str) -> bool:
         """Whether it is held, and what is at `path` now is still the directory that it was taken on."""
