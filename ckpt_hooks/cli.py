@@ -117,7 +117,12 @@ def _verify(manager: CheckpointManager, options: argparse.Namespace) -> int:
     if not steps:
         raise CheckpointNotFoundError(f"{manager.directory} has no checkpoint")
     for step in steps:
-        problems = manager.verify(step)
+        try:
+            problems = manager.verify(step)
+        except CheckpointNotFoundError:
+            if options.steps:
+                raise
+            continue  # removed since they were listed
         damaged |= bool(problems)
         print(f"step {step}: {'ok' if not problems else 'DAMAGED'}")
         for problem in problems:

@@ -17,7 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["put_bound", "put_free", "weakly_typed"]
+from ckpt_hooks.errors import NoDeviceError
+
+__all__ = ["put_bound", "put_free", "require_a_device", "weakly_typed"]
+
+
+def require_a_device(error: Exception) -> None:
+    """Raises NoDeviceError where `error` came because JAX has no device, which may be a bare AssertionError."""
+    try:
+        jax.local_devices()
+    except Exception:
+        config: Any = jax.config
+        platforms = config.jax_platforms or ""
+        raise NoDeviceError(
+            f"arrays are to be restored onto a device, and JAX has none, with JAX_PLATFORMS={platforms!r}: "
+            f"{str(error) or 'none could be started'}. Set JAX_PLATFORMS=cpu, or give NumPy arrays in `like`."
+        ) from error
 
 
 def put_free(arrays: Sequence[Any], weak: Sequence[bool] = ()) -> list[jax.Array]:

@@ -29,6 +29,7 @@ what was found and what to do::
         ├── BarrierTimeoutError         TimeoutError       a process did not arrive in time
         ├── OtherProcessError           RuntimeError       another process has failed; which and why
         ├── ProcessesDisagreeError      ValueError         processes that act together were not given the same
+        ├── NoDeviceError               RuntimeError       JAX has no device to restore arrays onto
         ├── NotSharedError              FileNotFoundError  processes that share a checkpoint see different directories
         └── SaveFailedError             RuntimeError       a background save failed; see ``__cause__``
 
@@ -58,6 +59,7 @@ __all__ = [
     "ItemNotFoundError",
     "MetricNotFoundError",
     "NameCollisionError",
+    "NoDeviceError",
     "NoValidCheckpointError",
     "NotSerializableError",
     "NotSharedError",
@@ -199,6 +201,10 @@ class OtherProcessError(CheckpointError, RuntimeError):
 
 class ProcessesDisagreeError(CheckpointError, ValueError):
     """Processes that save or restore together were not given the same; the message names them."""
+
+
+class NoDeviceError(CheckpointError, RuntimeError):
+    """JAX has no device in this process, and arrays are to be restored onto one."""
 
 
 class NotSharedError(CheckpointError, FileNotFoundError):

@@ -14,6 +14,7 @@ import numpy as np
 
 from ckpt_hooks import events, tree
 from ckpt_hooks.changes import EXACT, Changes, is_floating
+from ckpt_hooks.devices import require_a_device
 from ckpt_hooks.equinox_modules import functions_among
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
@@ -76,7 +77,17 @@ class SavedTree:
     # -------------------------------------------------------------- restoring
 
     def restore(self, like: Any = NO_TARGET, changes: Changes = EXACT) -> Any:
-        """The tree in the structure, types, dtypes and shardings of `like`, or as nested dicts and lists."""
+        """The tree in the structure, types, dtypes and shardings of `like`, or as nested dicts and lists.
+
+        Raises NoDeviceError where that takes a device and JAX has none.
+        """
+        try:
+            return self._restore_into(like, changes)
+        except (AssertionError, RuntimeError) as error:
+            require_a_device(error)
+            raise
+
+    def _restore_into(self, like: Any, changes: Changes) -> Any:
         everything = {} if like is NO_TARGET else tree.named_leaves(like)
         saved_names = {} if changes.is_exact else changes.renamed(self.leaves, everything)
         changes.require_some(saved_names)

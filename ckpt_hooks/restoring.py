@@ -19,12 +19,12 @@ from ckpt_hooks.committed import is_temporary
 from ckpt_hooks.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    ClassNotFoundError,
     HandlerNotFoundError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
     ItemNotFoundError,
     NameCollisionError,
+    NoDeviceError,
     NoValidCheckpointError,
     PartialCheckpointError,
     StructureMismatchError,
@@ -56,9 +56,11 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
+# What this process lacks says nothing of a checkpoint: memory, on the host or on a device, a device, a module.
+_LACKING = (ImportError, MemoryError, NoDeviceError, jax.errors.JaxRuntimeError)
 # Errors that another checkpoint would give as well, or that only the caller can mend: no reason to fall back.
 _NOT_DAMAGE = (
-    ClassNotFoundError,
+    *_LACKING,
     HandlerNotFoundError,
     InvalidArgumentError,
     InvalidArgumentTypeError,
@@ -66,9 +68,6 @@ _NOT_DAMAGE = (
     NameCollisionError,
     StructureMismatchError,
     UnsupportedLeafError,
-    ImportError,
-    MemoryError,
-    jax.errors.JaxRuntimeError,  # of a device: it has no room, for one
 )
 _NOT_DAMAGE_ERRNOS = frozenset({errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM})
 _FAULT_ERRNOS = frozenset({errno.EIO, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT})
@@ -164,6 +163,8 @@ def find_problems(run: RunDirectory, step: int) -> list[str]:
             restore_checkpoint(path)
         except PartialCheckpointError:
             pass  # every byte that there is has been checked, and what there is not is other processes'
+        except _LACKING:
+            raise
         except Exception as error:  # another library's damage comes in every class
             problems.append(f"{path}: {type(error).__name__}: {error}")
     return problems

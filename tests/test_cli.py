@@ -55,6 +55,23 @@ def test_a_run_without_checkpoints_is_not_well(tmp_path: Path, capsys: pytest.Ca
     assert "has no checkpoint" in capsys.readouterr().err
 
 
+def test_what_a_writer_removes_meanwhile_is_not_missed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`verify` of all steps goes on with the others; a step that was asked for by its number is told of."""
+    verify = CheckpointManager.verify
+
+    def removing(manager: CheckpointManager, step: int) -> list[str]:
+        shutil.rmtree(run / "2", ignore_errors=True)
+        return verify(manager, step)
+
+    monkeypatch.setattr(CheckpointManager, "verify", removing)
+    assert main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out == "step 1: ok\nstep 3: ok\n"
+    assert main(["verify", str(run), "2"]) == 2
+    assert "no checkpoint of step 2; there are [1, 3]" in capsys.readouterr().err
+
+
 def test_damage_is_named_and_counts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`verify` tells every step, and its exit code is 1 where one is damaged."""
     assert main(["verify", str(run)]) == 0

@@ -857,8 +857,8 @@ def test_a_damaged_checkpoint_is_set_aside_at_the_next_save(make: Make, run: Pat
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), ImportError("no module")])
-def test_a_device_without_room_is_no_damage(make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """What an older checkpoint would meet as well is raised as it is, and the newest one stays the newest."""
+def test_what_this_process_lacks_is_no_damage(make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """It is raised as it is by a restore and by `verify`, and the newest one stays the newest."""
     manager = make()
     save_steps(manager, 1, 2)
 
@@ -869,8 +869,39 @@ def test_a_device_without_room_is_no_damage(make: Make, monkeypatch: pytest.Monk
         patch.setattr("ckpt_hooks.loading.place_on_devices", fails)
         with pytest.raises(type(error), match=str(error)):
             manager.restore(state_at(0))
+        patch.setattr("ckpt_hooks.loading.SavedTree._read", fails)
+        with pytest.raises(type(error), match=str(error)):
+            manager.verify(2)
     assert manager.latest_step() == 2
     assert_is_state_at(2, manager.restore(state_at(0)))
+
+
+_WITHOUT_A_DEVICE = """
+import sys, jax, numpy as np
+from ckpt_hooks import CheckpointManager, errors
+if sys.argv[2] == "silent":
+    def no_backend(*arguments, **options): raise AssertionError  # as JAX may, of JAX_PLATFORMS=cuda without a GPU
+    jax.local_devices = jax.device_put = no_backend
+manager = CheckpointManager(sys.argv[1])
+try:
+    manager.restore({"w": jax.ShapeDtypeStruct((3,), np.float32)})
+except errors.NoDeviceError as error:
+    print(error)
+print(manager.steps(), manager.restore({"w": np.zeros(3, np.float32)}))
+"""
+
+
+@pytest.mark.parametrize(("jax_says", "told"), [("why", "Backend 'none' is not in the list"), ("silent", "be started")])
+def test_without_a_device_no_step_is_rejected(make: Make, run: Path, jax_says: str, told: str) -> None:
+    """Where JAX has no device, a restore says so; into NumPy arrays it needs none."""
+    manager = make()
+    manager.save(10, {"w": np.ones(3, np.float32)})
+    manager.close()
+    command = [sys.executable, "-c", _WITHOUT_A_DEVICE, str(run), jax_says]
+    environment = {**os.environ, "JAX_PLATFORMS": "none"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
+    assert "JAX has none, with JAX_PLATFORMS='none'" in done.stdout and told in done.stdout
+    assert "[10] {'w': array([1., 1., 1.], dtype=float32)}" in done.stdout
 
 
 def test_a_damaged_step_does_not_count_for_retention(make: Make, run: Path) -> None:

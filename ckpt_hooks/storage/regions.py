@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Overlap", "Region", "bounding", "is_whole", "overlaps", "shape_of", "slices_of", "whole"]
+__all__ = ["Overlap", "Region", "bounding", "overlaps", "shape_of", "slices_of", "whole"]
 
 Region = tuple[tuple[int, int], ...]  # (start, stop) along each axis
 Slices = tuple[slice, ...]
@@ -34,11 +34,6 @@ def whole(shape: Sequence[int]) -> Region:
     ((0, 3), (0, 2))
     """
     return tuple((0, n) for n in shape)
-
-
-def is_whole(region: Region, shape: Sequence[int]) -> bool:
-    """Whether a region is all of an array of this shape."""
-    return region == whole(shape)
 
 
 def shape_of(region: Region) -> tuple[int, ...]:
