@@ -62,7 +62,7 @@ def make_model(seed: int) -> Any:
 def train(directory: Path, epochs: int, seed: int = 0, sigterm_at: int = 0) -> tuple[Any, dict[str, list[float]]]:
     """Fits from the newest checkpoint to the end; returns the model's variables and {metric: value of each epoch}."""
     images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
+    images, labels = (images / 16).astype(np.float32), labels.astype(np.int32)  # JAX has no 64 bits by default
     model = make_model(seed)
     with CheckpointHook(directory, every_n_steps=20) as hook:
         fitted = model.fit(
