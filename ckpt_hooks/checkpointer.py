@@ -37,6 +37,7 @@ from ckpt_hooks.temporary_paths import (
     FileOptions,
     TemporaryPath,
     absolute_path,
+    accepted_options,
     check_destination,
     require_finalized,
     require_free_bytes,
@@ -100,11 +101,12 @@ class Checkpointer:
         if not self._store_blocks and not self._goes_on:
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
         self._temporary_path_class = temporary_path_class or AtomicRenameTemporaryPath
-        self._path_options: dict[str, Any] = {
-            "checkpoint_metadata_store": self._store,
-            "file_options": given_or_new(file_options, FileOptions),
-            "multiprocessing_options": together,
-        }
+        self._path_options = accepted_options(
+            self._temporary_path_class,
+            checkpoint_metadata_store=self._store,
+            file_options=given_or_new(file_options, FileOptions),
+            multiprocessing_options=together,
+        )
         self._is_primary = together.is_primary()
         self._is_alone, rank = processes.count() == 1, together.writers().ranks[processes.index()]
         self._is_others = None if self._is_alone else functools.partial(is_of_another, rank)

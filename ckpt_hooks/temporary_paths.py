@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import logging
 import os
 import time
@@ -40,6 +41,7 @@ __all__ = [
     "NestedTemporaryPath",
     "TemporaryPath",
     "absolute_path",
+    "accepted_options",
     "check_destination",
     "require_finalized",
     "require_free_bytes",
@@ -352,6 +354,14 @@ def require_free_bytes(directory: str, said: Mapping[int, int | str]) -> None:
         f"{_MARGIN_BYTES:,} are kept for the small files. Nothing was written; free some space, or keep fewer "
         "checkpoints (`keep=`)."
     )
+
+
+def accepted_options(path_class: type[TemporaryPath], **options: Any) -> dict[str, Any]:
+    """Those that its `from_final` takes: one that was written for Orbax does not take all of ours."""
+    taken = inspect.signature(path_class.from_final).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return options
+    return {parameter.name: options[parameter.name] for parameter in taken if parameter.name in options}
 
 
 def absolute_path(directory: Any) -> epath.Path:

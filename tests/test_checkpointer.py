@@ -229,7 +229,18 @@ class OwnPath(TemporaryPath):
         self._path.rename(self._final_path)
 
 
-@pytest.mark.parametrize("path_class", [MovedPath, OwnPath])
+class OrbaxStylePath(OwnPath):
+    """Takes what Orbax gives, and no more."""
+
+    @classmethod
+    def from_final(  # type: ignore[override]
+        cls, final_path: epath.Path, *, checkpoint_metadata_store: Any = None, file_options: Any = None
+    ) -> Self:
+        assert checkpoint_metadata_store is not None and file_options is not None
+        return cls(final_path)
+
+
+@pytest.mark.parametrize("path_class", [MovedPath, OwnPath, OrbaxStylePath])
 @pytest.mark.parametrize("checkpointer_class", [Checkpointer, AsyncCheckpointer])
 def test_a_commit_of_another_kind_is_whole(
     tmp_path: Path, checkpointer_class: type[Checkpointer], path_class: type[TemporaryPath]
