@@ -82,6 +82,7 @@ class Checkpointer:
     """
 
     _goes_on = False  # whether training does while a save is written
+    task: BackgroundTask | None = None  # the last one that did; it may have ended
 
     def __init__(
         self,
@@ -309,7 +310,7 @@ class Checkpointer:
     @property
     def is_saving(self) -> bool:
         """Whether a save is in flight, in the background."""
-        return False
+        return self.task is not None and self.task.is_running
 
     def close(self) -> None:
         """Closes the handler and the metadata store."""
@@ -354,15 +355,19 @@ class AsyncCheckpointer(Checkpointer):
     def __init__(self, handler: Any, *, timeout_secs: float = DEFAULT_TIMEOUT_SECS, **options: Any) -> None:
         given = given_or_new(options.pop("multiprocessing_options", None), MultiprocessingOptions)
         super().__init__(handler, multiprocessing_options=given.with_timeout(timeout_secs), **options)
-        self._task: BackgroundTask | None = None
         events.record_event(events.ASYNC_CHECKPOINTER_INIT)
 
     def save_args(self, directory: epath.Path, args: _Args, **options: Any) -> None:
         start_secs = time.perf_counter()
         self.wait_until_finished()
+        task = BackgroundTask(f"ckpt_hooks-save-{directory.name}")
         save = self._begin(directory, args, **options)
-        self._task = BackgroundTask(functools.partial(self._run, save), f"ckpt_hooks-save-{directory.name}")
-        self._task.start(on_interrupt=functools.partial(self._failed, save))
+        try:
+            self.task = task
+            task.start(functools.partial(self._run, save))
+        except BaseException as error:  # Ctrl-C, which may come before the first line of `start`
+            task.end_by(functools.partial(self._failed, save, error))  # if the thread is there, it tells
+            raise
         events.record_duration_secs(events.WRITE_BLOCKING_SECS, time.perf_counter() - start_secs)
 
     def _run(self, save: _Save) -> None:
@@ -383,14 +388,10 @@ class AsyncCheckpointer(Checkpointer):
             failure.__cause__ = error
             self.failure = untold[self] = failure  # untold until the next call raises it
 
-    @property
-    def is_saving(self) -> bool:
-        return self._task is not None and self._task.is_running
-
     def wait_until_finished(self) -> None:
         """Waits for the save in flight; raises its failure, once."""
-        if self._task is not None:
-            self._task.wait()
+        if self.task is not None:
+            self.task.wait()
         if not self._store_blocks:
             self._store.wait_until_finished()
         if self.failure is not None:

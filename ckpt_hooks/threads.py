@@ -6,7 +6,6 @@ in the middle of `Event.wait` it may leave a lock that nobody gives back.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -20,38 +19,35 @@ class BackgroundTask:
     Exactly one side ends the task: its thread, or who was interrupted while he started it.
 
     Args:
-      call: what to do; it raises nothing.
       name: of the thread.
 
     >>> done = []
-    >>> task = BackgroundTask(lambda: done.append(1), "example")
-    >>> task.start(on_interrupt=print)
+    >>> task = BackgroundTask("example")
+    >>> task.start(lambda: done.append(1))
     >>> task.wait()
     >>> done, task.is_running
     ([1], False)
     """
 
-    def __init__(self, call: Callable[[], None], name: str) -> None:
-        self._call, self._name = call, name
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._process, self._thread = os.getpid(), 0
         self._claim = threading.Lock()  # taken by who ends it
         self._running = threading.Lock()  # held until it has ended
         self._running.acquire()
         self._has_ended = False
 
-    def start(self, on_interrupt: Callable[[BaseException], object]) -> None:
-        """Begins; where the call will never be made (Ctrl-C), `on_interrupt` is called and the error raised."""
+    def start(self, call: Callable[[], None]) -> None:
+        """Begins the call, which raises nothing; whatever is raised here (Ctrl-C), `end_by` has to follow."""
         try:
             if not threading.main_thread().is_alive():
                 raise RuntimeError("the interpreter is ending, and waits for no thread that starts now")
-            threading.Thread(target=self._end_by, args=(self._call,), name=self._name).start()
+            threading.Thread(target=self.end_by, args=(call,), name=self._name).start()
         except RuntimeError:
-            self._end_by(self._call)
-        except BaseException as error:
-            self._end_by(functools.partial(on_interrupt, error))  # unless the thread is there: nobody else can tell
-            raise
+            self.end_by(call)
 
-    def _end_by(self, call: Callable[[], object]) -> None:
+    def end_by(self, call: Callable[[], object]) -> None:
+        """Makes a call here and now, which ends the task, unless its thread is at work already."""
         if self._claim.acquire(blocking=False):
             self._thread = threading.get_ident()
             try:

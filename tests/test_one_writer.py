@@ -220,11 +220,16 @@ def test_an_evaluation_records_while_the_loop_saves(run: Path) -> None:
         assert [problem for step in manager.steps() for problem in manager.verify(step)] == []
 
 
-def test_ctrl_c_as_a_save_begins_costs_that_save_alone(run: Path) -> None:
-    """Right after its thread was made, which has not run yet, one save is given up and the later ones are whole."""
+@pytest.mark.parametrize(
+    ("moment", "name"),
+    [("call", "start"), ("c_return", "start_new_thread")],
+    ids=["before its thread is made", "before its thread has run"],
+)
+def test_ctrl_c_as_a_save_begins_costs_that_save_alone(run: Path, moment: str, name: str) -> None:
+    """One save is given up, nobody waits for it, and the later ones are whole."""
 
     def interrupt(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "c_return" and getattr(argument, "__name__", "") == "start_new_thread":
+        if event == moment and getattr(argument, "__name__", frame.f_code.co_name) == name:
             sys.setprofile(None)
             raise KeyboardInterrupt
 
