@@ -152,8 +152,8 @@ class TemporaryPath(abc.ABC):
         try:
             # While this lock is held, no other writer takes the directory for one that a dead process left.
             self._lock = commit.DirectoryLock(path)
-        except RunLockedError:
-            self._created = False  # somebody has taken it for such a one already: what is there now is his
+        except (RunLockedError, FileNotFoundError):
+            self._created = False  # somebody has taken it for such a one already: what is there now, or soon, is his
             raise
         if self._store is not None:
             fields = {**_NEW_METADATA, "init_timestamp_nsecs": time.time_ns()}

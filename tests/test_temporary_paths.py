@@ -382,6 +382,24 @@ def test_what_another_writer_has_taken_meanwhile_is_his(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == [f"7{SUFFIX}"]
 
 
+def test_what_another_writer_is_about_to_take_is_his(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who loses the directory before it is locked does not remove the one that another has put there since."""
+    make_directory = commit.make_directory
+
+    def removed_at_once(path: str, mode: int | None = None) -> None:
+        make_directory(path, mode)
+        os.rmdir(path)
+
+    temporary = temporary_of(tmp_path / "7")
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "make_directory", removed_at_once)
+        with pytest.raises(FileNotFoundError):
+            temporary.create()
+    temporary_of(tmp_path / "7").create()
+    temporary.discard()
+    assert os.listdir(tmp_path) == [f"7{SUFFIX}"]
+
+
 def test_what_a_dead_writer_left_is_locked_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a writer that begins anew meanwhile would lose what he has just made."""
     (tmp_path / f"7{SUFFIX}").mkdir()
