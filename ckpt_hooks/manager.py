@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -51,6 +52,12 @@ def _one_at_a_time(change: _Change) -> _Change:
 
     @functools.wraps(change)
     def alone(self: CheckpointManager, *args: Any, **kwargs: Any) -> Any:
+        task = self.checkpointer.task
+        if task is not None and task.thread == threading.get_ident() and task.is_running:
+            # By the save in flight, as of who listens to its events: whoever has the lock waits for it.
+            return change(self, *args, **kwargs)
+        if self._process != os.getpid():  # forked, perhaps while the lock was a thread's that is not here
+            self._process, self._changing = os.getpid(), threading.RLock()
         with self._changing:
             return change(self, *args, **kwargs)
 
@@ -113,7 +120,7 @@ class CheckpointManager:
         self._processes = given.with_timeout(timeout_secs)
         files = given_or_new(file_options, FileOptions)
         self.requires_metrics = True
-        self._changing = threading.RLock()
+        self._process, self._changing = os.getpid(), threading.RLock()
         self._decides = self._processes.is_primary()  # what clocks, listings and files say, for all processes
         options: Any = {"multiprocessing_options": self._processes, "file_options": files}
         array_options = ArrayOptions(compression=compression, staging=staging, max_host_bytes=max_host_bytes)
@@ -393,6 +400,7 @@ class CheckpointManager:
         if isinstance(self.checkpointer, AsyncCheckpointer):
             self.checkpointer.check_for_errors()
 
+    @_one_at_a_time
     def close(self) -> None:
         """Waits, and gives the run's lock back; the manager may still be used for reading."""
         try:

@@ -183,15 +183,18 @@ class RunDirectory:
     def metrics(self, step: int) -> Mapping[str, Any]:
         """What was recorded at a step, by us or by Orbax; nothing where it cannot be read."""
         # Whoever holds the lock is the only one who records, and a reader never knows.
-        if step not in self.recorded or self.writer_lock is None:
-            try:
-                metadata = self.metadata(step)
-                recorded = dict(metadata.metrics or metadata.custom_metadata.get("metrics") or {})
-                self.recorded[step] = recorded or self._orbax_metrics(step)
-            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                _log.warning("the metrics of step %d cannot be read: %s", step, error)
-                return {}
-        return self.recorded[step]
+        recorded = self.recorded.get(step) if self.writer_lock is not None else None
+        if recorded is not None:
+            return recorded
+        try:
+            metadata = self.metadata(step)
+            recorded = dict(metadata.metrics or metadata.custom_metadata.get("metrics") or {})
+            recorded = recorded or self._orbax_metrics(step)
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            _log.warning("the metrics of step %d cannot be read: %s", step, error)
+            return {}
+        # Another thread may have recorded more since they were read, and merges what comes next into what is known.
+        return recorded if self.writer_lock is None else self.recorded.setdefault(step, recorded)
 
     def all_metrics(self) -> dict[int, Mapping[str, Any]]:
         """{step: what it recorded}, of every committed step."""

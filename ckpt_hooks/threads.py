@@ -21,6 +21,9 @@ class BackgroundTask:
     Args:
       name: of the thread.
 
+    Attributes:
+      thread: the number of the one that makes the call, 0 before.
+
     >>> done = []
     >>> task = BackgroundTask("example")
     >>> task.start(lambda: done.append(1))
@@ -31,7 +34,7 @@ class BackgroundTask:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._process, self._thread = os.getpid(), 0
+        self._process, self.thread = os.getpid(), 0
         self._claim = threading.Lock()  # taken by who ends it
         self._running = threading.Lock()  # held until it has ended
         self._running.acquire()
@@ -49,7 +52,7 @@ class BackgroundTask:
     def end_by(self, call: Callable[[], object]) -> None:
         """Makes a call here and now, which ends the task, unless its thread is at work already."""
         if self._claim.acquire(blocking=False):
-            self._thread = threading.get_ident()
+            self.thread = threading.get_ident()
             try:
                 call()
             finally:
@@ -63,7 +66,7 @@ class BackgroundTask:
 
     def wait(self) -> None:
         """Until it has ended; not in its own thread."""
-        if self.is_running and self._thread != threading.get_ident():
+        if self.is_running and self.thread != threading.get_ident():
             with self._running:
                 pass
 

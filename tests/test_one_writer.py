@@ -15,12 +15,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jax.monitoring
 import numpy as np
 import pytest
 
 import ckpt_hooks
 from ckpt_hooks import BestN, CheckpointManager, LatestN
 from ckpt_hooks.errors import CheckpointNotFoundError, RunLockedError
+from ckpt_hooks.metadata import StepMetadata
+from ckpt_hooks.run import RunDirectory
 from ckpt_hooks.storage import commit
 from tests.faulty import fail
 
@@ -76,7 +79,7 @@ def test_a_lock_on_a_directory_that_was_replaced_meanwhile_is_none(tmp_path: Pat
 
 
 def test_a_lock_that_comes_after_a_replacement_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening and locking, somebody else has put another directory there: its one writer is another one."""
+    """Between opening and locking, somebody else has put another directory there: its one writer is not this one."""
     flock = fcntl.flock
 
     def replaced_first(descriptor: int, operation: int) -> None:
@@ -86,7 +89,7 @@ def test_a_lock_that_comes_after_a_replacement_is_refused(tmp_path: Path, monkey
 
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(fcntl, "flock", replaced_first)
-    with pytest.raises(RunLockedError):
+    with pytest.raises(RunLockedError, match="another writer is writing here"):
         commit.DirectoryLock(os.fspath(tmp_path / "run"))
 
 
@@ -157,10 +160,27 @@ with CheckpointManager(sys.argv[1]) as manager:
 """
 
 
-def test_a_forked_process_is_another_writer(run: Path) -> None:
-    """A child neither waits for a save that only its parent makes, nor writes to the run that its parent has locked."""
+# The fork comes while a thread of the parent, which the child does not have, is about to record metrics.
+FORKING_BESIDE_A_THREAD = FORKING.replace(
+    "    child = os.fork()",
+    """
+    import threading
+    lock, begun, over = manager._run.lock, threading.Event(), threading.Event()
+    manager.wait()
+    manager._run.lock = lambda: (begun.set(), over.wait(), lock())
+    recording = threading.Thread(target=manager.record_metrics, args=(1, {"loss": 1.0}))
+    recording.start()
+    begun.wait()
+    manager._run.lock = lock
+    child = os.fork()""",
+).replace("    manager.wait()\n    print", "    over.set()\n    recording.join()\n    print")
+
+
+@pytest.mark.parametrize("program", [FORKING, FORKING_BESIDE_A_THREAD], ids=["while it saves", "beside a thread"])
+def test_a_forked_process_is_another_writer(run: Path, program: str) -> None:
+    """A child neither waits for what only its parent does, nor writes to the run that its parent has locked."""
     environment = {**os.environ, "PYTHONPATH": str(Path(ckpt_hooks.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", FORKING, str(run)]
+    command = [sys.executable, "-c", program, str(run)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.splitlines() == ["refused", "[1]"], found.stderr
 
@@ -218,6 +238,82 @@ def test_an_evaluation_records_while_the_loop_saves(run: Path) -> None:
         thread.join()
         assert not failures
         assert [problem for step in manager.steps() for problem in manager.verify(step)] == []
+
+
+def test_who_listens_to_a_save_may_record_its_metrics(run: Path) -> None:
+    """A listener to the events of a save in the background changes the run while the loop waits to save again."""
+    with open_run(run, keep=None, async_save=True) as manager:
+        failures: list[BaseException] = []
+        is_waiting = threading.Event()
+
+        def evaluate(name: str, **details: str | int) -> None:
+            if name.endswith("write/success") and threading.current_thread() is not threading.main_thread():
+                try:
+                    is_waiting.wait(60)
+                    manager.record_metrics(manager.latest_step() or 0, {"accuracy": 1.0})
+                except BaseException as error:
+                    failures.append(error)
+
+        jax.monitoring.register_event_listener(evaluate)
+        try:
+            manager.save(1, STATE)
+            manager.wait = lambda wait=manager.wait: (is_waiting.set(), wait())  # type: ignore[method-assign]
+            manager.save(2, STATE)
+            manager.wait()
+        finally:
+            jax.monitoring.unregister_event_listener(evaluate)
+        assert not failures
+        assert [manager.metadata(step).metrics for step in (1, 2)] == [{"accuracy": 1.0}] * 2
+
+
+def test_closing_waits_for_metrics_that_a_thread_records(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stays locked until they stand in the checkpoint."""
+    replace_file, has_begun, may_go_on = commit.replace_file, threading.Event(), threading.Event()
+
+    def replace_late(*args: Any, **options: Any) -> None:
+        has_begun.set()
+        may_go_on.wait(60)
+        replace_file(*args, **options)
+
+    manager = open_run(run)
+    manager.save(1, STATE)
+    monkeypatch.setattr(commit, "replace_file", replace_late)
+    recording = threading.Thread(target=manager.record_metrics, args=(1, {"loss": 1.0}))
+    closing = threading.Thread(target=manager.close)
+    recording.start()
+    assert has_begun.wait(60)
+    closing.start()
+    closing.join(0.2)
+    with open_run(run) as other, pytest.raises(RunLockedError):
+        other.save(2, STATE)
+    may_go_on.set()
+    closing.join(60)
+    with open_run(run) as other:
+        other.save(2, STATE)
+        assert other.metadata(1).metrics == {"loss": 1.0}
+
+
+def test_metrics_that_are_read_hide_none_that_are_recorded_meanwhile(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a thread records while another one looks at the same step is still there after the next ones."""
+    metadata = RunDirectory.metadata
+
+    def overtaken(self: RunDirectory, step: int) -> StepMetadata:
+        found = metadata(self, step)
+        monkeypatch.undo()
+        manager.record_metrics(1, {"accuracy": 0.5})
+        return found
+
+    with open_run(run) as before:
+        before.save(1, STATE, metrics={"loss": 1.0})
+        before.save(2, STATE, metrics={"loss": 2.0})
+    with open_run(run) as manager:
+        manager.record_metrics(2, {"accuracy": 0.25})
+        monkeypatch.setattr(RunDirectory, "metadata", overtaken)
+        assert manager.best_step("loss") == 1
+        manager.record_metrics(1, {"recall": 0.25})
+        assert manager.metadata(1).metrics == {"loss": 1.0, "accuracy": 0.5, "recall": 0.25}
 
 
 @pytest.mark.parametrize(
