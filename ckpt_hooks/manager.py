@@ -330,7 +330,7 @@ class CheckpointManager:
     def metadata(self, step: int) -> StepMetadata:
         """The step metadata of a checkpoint. Raises CheckpointNotFoundError where there is none."""
         self._raise_failure()
-        path = self._run.require(check_step(step))
+        path = self._run.require(step := check_step(step))
 
         def verified() -> StepMetadata:
             self._run.metadata(step)
@@ -345,7 +345,7 @@ class CheckpointManager:
         One that another library wrote has no checksums: it is well if it can be read.
         """
         self._raise_failure()
-        path = self._run.require(check_step(step))
+        path = self._run.require(step := check_step(step))
         return read_unchanged(path, lambda: find_problems(self._run, step), is_doubtful=bool)
 
     # -------------------------------------------------------------- changing
@@ -356,7 +356,7 @@ class CheckpointManager:
         with Together(self._processes, f"recorded metrics of step {step}") as all_processes:
             numbers = to_json_numbers(metrics)
             self.wait()
-            self._run.require(check_step(step))
+            self._run.require(step := check_step(step))
             if all_processes.decides:
                 self._record_metrics(step, numbers)
 
@@ -373,7 +373,7 @@ class CheckpointManager:
         """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""
         with Together(self._processes, f"rolled back to step {step}") as all_processes:
             self.wait()
-            self._run.require(check_step(step))
+            self._run.require(step := check_step(step))
             if all_processes.decides:
                 self._run.lock()
                 self._run.roll_back(step)
@@ -384,7 +384,7 @@ class CheckpointManager:
         with Together(self._processes, f"deleted step {step}") as all_processes:
             self.wait()
             if all_processes.decides:
-                if not is_directory(self._run.step_path(check_step(step))):
+                if not is_directory(self._run.step_path(step := check_step(step))):
                     self._run.require(step)
                 self._run.lock()
                 self._run.remove(step)

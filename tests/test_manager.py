@@ -163,6 +163,21 @@ def test_steps_sees_what_other_processes_commit(make: Make) -> None:
     assert_is_state_at(2, reader.restore())
 
 
+@pytest.mark.parametrize("number", [np.int64, np.array, jnp.array], ids=["np.int64", "np.array", "jnp.array"])
+def test_a_step_may_be_an_array_of_one_integer(make: Make, number: Callable[[int], Any]) -> None:
+    """As `state.step` is: whatever asks for a step takes it, and means the same one."""
+    manager = make(keep=None)
+    for step in (1, 2, 3):
+        manager.save(number(step), state_at(step))
+    manager.wait()
+    manager.record_metrics(number(2), {"loss": 0.5})
+    assert manager.metadata(number(1)).metrics == {} and manager.metadata(number(2)).metrics == {"loss": 0.5}
+    assert manager.verify(number(2)) == []
+    manager.rollback(number(2))
+    manager.delete(number(2))
+    assert manager.steps() == [1]
+
+
 @pytest.mark.parametrize("step", [-1, True, 1.0, "3", None])
 @pytest.mark.parametrize("method", ["save", "delete", "rollback", "verify", "metadata", "record_metrics"])
 def test_a_step_that_is_no_count_is_refused(make: Make, run: Path, method: str, step: Any) -> None:
