@@ -240,14 +240,18 @@ def test_an_evaluation_records_while_the_loop_saves(run: Path) -> None:
         assert [problem for step in manager.steps() for problem in manager.verify(step)] == []
 
 
-def test_who_listens_to_a_save_may_record_its_metrics(run: Path) -> None:
+def test_who_listens_to_a_save_may_record_its_metrics(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener to the events of a save in the background changes the run while the loop waits to save again."""
     with open_run(run, keep=None, async_save=True) as manager:
         failures: list[BaseException] = []
         is_waiting = threading.Event()
 
-        def evaluate(name: str, **details: str | int) -> None:
-            if name.endswith("write/success") and threading.current_thread() is not threading.main_thread():
+        def wait_and_tell() -> None:
+            is_waiting.set()
+            CheckpointManager.wait(manager)
+
+        def evaluate(event: str, **kwargs: str | int) -> None:
+            if event.endswith("write/success") and threading.current_thread() is not threading.main_thread():
                 try:
                     is_waiting.wait(60)
                     manager.record_metrics(manager.latest_step() or 0, {"accuracy": 1.0})
@@ -257,7 +261,7 @@ def test_who_listens_to_a_save_may_record_its_metrics(run: Path) -> None:
         jax.monitoring.register_event_listener(evaluate)
         try:
             manager.save(1, STATE)
-            manager.wait = lambda wait=manager.wait: (is_waiting.set(), wait())  # type: ignore[method-assign]
+            monkeypatch.setattr(manager, "wait", wait_and_tell)
             manager.save(2, STATE)
             manager.wait()
         finally:

@@ -342,8 +342,8 @@ class DirectoryLock:
                 is_free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
                 if is_free:
                     _log.warning("%s: this file system has no locks (%s); make sure of one writer", path, error)
+            holder = "another writer" if is_free else _lock_holder(self._descriptor)
             if not (is_free and self.is_of(path)):  # who had it before may have put another directory there, his own
-                holder = "another writer" if is_free else _lock_holder(self._descriptor)
                 raise RunLockedError(
                     f"{path}: {holder} is writing here. Two writers would mix their "
                     "checkpoints: wait until it ends, close its manager or hook, or choose another directory. Reading "
