@@ -114,6 +114,7 @@ def _is_same_array(saved: SavedLeaf, like: Any) -> bool:
         and dtype == info.dtype
         and like.shape == info.shape
         and not isinstance(like, np.generic)
+        and (dtype.isnative or isinstance(like, np.ndarray))
     )
 
 
@@ -169,6 +170,11 @@ def _same_type(saved: SavedLeaf, like: Any) -> bool:
 def _native(dtype: Any) -> Any:
     """The dtype in this machine's order of bytes, in which Orbax saves every array."""
     return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
+def _dtype_of(like: Any) -> Any:
+    """The dtype of what takes the place of `like`: JAX has arrays in this machine's order of bytes alone."""
+    return like.dtype if _stays_on_host(like) else _native(like.dtype)
 
 
 def _number_class(value: Any) -> type | None:
@@ -236,7 +242,7 @@ def _fit(name: str, saved: SavedLeaf, host: Any, like: Any, *, cast: bool) -> An
         if saved.key_impl is not None:
             return dataclasses.replace(host, shape=like.shape, dtype=like.dtype, key_impl=saved.key_impl)
         arrays = [_fit(name, saved, array, like, cast=cast) for array in host.arrays]
-        return dataclasses.replace(host, arrays=arrays, dtype=like.dtype)
+        return dataclasses.replace(host, arrays=arrays, dtype=_dtype_of(like))
     if saved.info is None:
         return _instance(name, str, type(like), host)
     if saved.key_impl is not None:
@@ -244,9 +250,10 @@ def _fit(name: str, saved: SavedLeaf, host: Any, like: Any, *, cast: bool) -> An
     number = _number_class(like)
     if number:
         return _instance(name, number, type(like), host.item())
-    if host.dtype == like.dtype:
+    dtype = _dtype_of(like)
+    if host.dtype == dtype:
         return host[()] if isinstance(like, np.generic) else host
-    converted = host.astype(like.dtype)
+    converted = host.astype(dtype)
     if not cast and saved.value_type == "scalar" and not _is_same_number(converted.item(), host.item()):
         raise _UnfitError(
             f"inexact     {_show(name)}: the saved Python number {host.item()!r} has no exact {like.dtype}, "
@@ -300,8 +307,8 @@ def place_on_devices(names: Sequence[str], values: list[Any], like: Sequence[Any
         if not is_array[kind] and kind is not jax.ShapeDtypeStruct and _stays_on_host(leaf):
             continue
         if leaf.dtype not in kept_widths:
-            if not _width_is_kept(leaf.dtype):
-                cut.append(_cut(names[number], leaf.dtype))
+            if not _width_is_kept(_native(leaf.dtype)):
+                cut.append(_cut(names[number], _native(leaf.dtype)))
                 continue
             kept_widths.add(leaf.dtype)
         if getattr(leaf, "weak_type", False):

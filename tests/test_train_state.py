@@ -712,7 +712,8 @@ def test_the_order_of_bytes_is_no_other_dtype(round_trip: RoundTrip, saved: str,
     numbers = np.arange(5).astype(saved)
     assert_same(round_trip({"w": numbers}, {"w": np.zeros(5, like)}), {"w": numbers.astype(like)})
     if numbers.dtype.itemsize == 4:
-        assert_same(round_trip({"w": numbers}, {"w": jnp.zeros(5)}), {"w": jnp.arange(5.0)})
+        for target in (jnp.zeros(5), jax.ShapeDtypeStruct((5,), like), jax.ShapeDtypeStruct((5,), saved)):
+            assert_same(round_trip({"w": numbers}, {"w": target}), {"w": jnp.arange(5.0)})
 
 
 def test_mismatches_are_listed_leaf_by_leaf_with_the_nearest_name(manager: CheckpointManager) -> None:
