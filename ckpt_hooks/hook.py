@@ -259,12 +259,13 @@ class CheckpointHook:
 
     def close(self) -> None:
         """Waits, gives the signals back, and gives up the run's lock."""
-        if self._notice.received and not self._preempted and self._last_step > max(self._saved_step, self._start_step):
-            _log.warning("asked to stop, and closed without another call: step %d is not saved", self._last_step)
         try:
             self.manager.close()
         finally:
             self._notice.close()  # not before: a signal during the wait would end the process, and lose the last save
+            is_behind = self._last_step > max(self._saved_step, self._start_step)
+            if self._notice.received and not self._preempted and is_behind:
+                _log.warning("asked to stop, and closed without another call: step %d is not saved", self._last_step)
 
     def _follow(self, step: int) -> None:
         """Looks from `step` on for the next one that is due."""

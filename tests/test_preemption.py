@@ -374,6 +374,24 @@ def test_leaving_without_the_call_that_saves_is_told(
     assert told == ([] if calls_again else ["asked to stop, and closed without another call: step 6 is not saved"])
 
 
+def test_what_a_signal_while_closing_does_not_save_is_told(
+    tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hook that is asked to stop while it waits for its last save names the later step of the loop."""
+    hook = CheckpointHook(tmp_path, every_n_steps=2)
+    hook(2, state_at(2))
+    hook(3, state_at(3))
+    wait = hook.manager.checkpointer.close
+
+    def asked_meanwhile() -> None:
+        terminate()
+        wait()
+
+    monkeypatch.setattr(hook.manager.checkpointer, "close", asked_meanwhile)
+    hook.close()
+    assert heard and "step 3 is not saved" in caplog.text
+
+
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_failed_save_is_saved_again_before_leaving(
     tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch, is_known: bool
