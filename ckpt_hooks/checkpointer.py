@@ -255,6 +255,7 @@ class Checkpointer:
         save.temporary.finalize()
         if not is_directory(save.final):
             raise CheckpointError(f"{type(save.temporary).__qualname__}.finalize() has not made the checkpoint")
+        save.temporary.is_committed = True
 
     def _failed(self, save: _Save, error: BaseException) -> BaseException:
         """Clears up after a save that failed, and reports it; the error to raise says what to do."""

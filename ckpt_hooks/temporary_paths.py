@@ -85,6 +85,7 @@ class TemporaryPath(abc.ABC):
         no other. If each synced all, a save by N processes would take N x N syncs.
       recorded: fields of the step metadata that `seal` writes, with the commit time.
       store_blocks: whether the metadata store is known to block, and need not be waited for.
+      is_committed: whether `finalize` has returned; what fails then must not remove what may be in its place.
     """
 
     replaces = False
@@ -92,6 +93,7 @@ class TemporaryPath(abc.ABC):
     is_others: Callable[[str], bool] | None = None
     writes_in_place = False
     store_blocks = False
+    is_committed = False
     # For a class that has a constructor of its own.
     _created = False
     _is_sealed = False
@@ -179,7 +181,7 @@ class TemporaryPath(abc.ABC):
     def discard(self) -> None:
         """Removes what a failed save has written, so that it does not keep a disk full."""
         try:
-            if self._created:
+            if self._created and not self.is_committed:
                 self._settle_store()
                 commit.remove_tree(os.fspath(self._temporary))
                 self._created = False

@@ -257,6 +257,23 @@ def test_a_commit_of_another_kind_is_whole(
             plain.restore(tmp_path / "c")
 
 
+class InPlacePath(CommitFileTemporaryPath):
+    """Commits in place, in a way of its own."""
+
+    def finalize(self) -> None:
+        (self.get() / "commit_success.txt").write_text("")
+
+
+@pytest.mark.parametrize("path_class", [InPlacePath, MovedPath, CommitFileTemporaryPath])
+def test_what_fails_after_the_commit_does_not_remove_it(tmp_path: Path, path_class: type[TemporaryPath]) -> None:
+    """A checkpoint that is there stays, in whatever way its path class has committed it."""
+    with Checkpointer(StandardCheckpointHandler(), temporary_path_class=path_class) as checkpointer:
+        final = checkpointer.get_temporary_path(tmp_path / "c").get_final()
+        with pytest.raises(ZeroDivisionError):
+            checkpointer.save_args(final, args.StandardSave({"w": np.arange(3)}), on_commit=lambda: 1 / 0)
+        np.testing.assert_array_equal(checkpointer.restore(final)["w"], np.arange(3))
+
+
 def test_a_path_class_of_ones_own_hides_no_error(tmp_path: Path) -> None:
     """What is there already is told, whatever the class has of ours."""
     (tmp_path / "c").mkdir()
