@@ -190,6 +190,8 @@ class CheckpointManager:
                 raise
             if self._decides and not (run.writer_lock and run.writer_lock.is_of(run.path)):
                 run.lock()
+            if self._decides and run.rejected:
+                run.take_stock()  # somebody may have mended one by hand, which counts again
             if not force and ((run.known and step <= run.known[-1]) or step <= run.flax_newest):
                 run.require_newer(step)
             if self._decides and self._retention.ranks and self.requires_metrics:

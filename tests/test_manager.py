@@ -871,6 +871,21 @@ def test_a_damaged_checkpoint_is_set_aside_at_the_next_save(make: Make, run: Pat
     assert {k: v[0] for k, v in everything_in(run / "10.damaged").items()} == {k: v[0] for k, v in content.items()}
 
 
+def test_a_step_that_was_mended_by_hand_is_the_newest_again(make: Make, run: Path, tmp_path: Path) -> None:
+    """A save below it is an error, also of the writer that rejected it, and it counts for retention."""
+    writer = make(keep=2)
+    save_steps(writer, 5, 10)
+    shutil.copytree(run / "10", tmp_path / "whole")
+    damage(run / "10")
+    assert_is_state_at(5, writer.restore())
+    shutil.rmtree(run / "10")
+    (tmp_path / "whole").rename(run / "10")
+    with pytest.raises(InvalidArgumentError, match="has step 10 already"):
+        save_steps(writer, 7)
+    save_steps(writer, 11)
+    assert writer.steps() == [10, 11]
+
+
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), ImportError("no module")])
 def test_what_this_process_lacks_is_no_damage(make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """It is raised as it is by a restore and by `verify`, and the newest one stays the newest."""
