@@ -33,6 +33,7 @@ def prune(run: RunDirectory, keep: Retention) -> None:
         except OSError as error:
             # What cannot be deleted does not make the new checkpoint a failure.
             _log.warning("step %d should go, and cannot be removed: %s", step, error)
+            run.older.append(step)
 
 
 def _steps_to_remove(run: RunDirectory, keep: Retention) -> list[int]:

@@ -456,3 +456,25 @@ def test_a_checkpoint_that_a_dead_writer_was_replacing_is_the_newest_again(tmp_p
         with pytest.raises(InvalidArgumentError, match="has step 5 already"):
             save_steps(manager, 5)
         assert manager.steps() == [4, 5]
+
+
+@pytest.mark.parametrize("keep", [2, [LatestN(1), EveryNSteps(2)], [LatestN(1), BestN(1, "loss")]])
+def test_a_step_that_could_not_be_removed_is_removed_after_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: Any
+) -> None:
+    """A disk that fails once, as a step is to go, does not keep that step for as long as the program lives."""
+    rename = os.rename
+
+    def failing(source: Any, destination: Any) -> None:
+        if ".removed." in os.fspath(destination):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), source)
+        rename(source, destination)
+
+    with manager_of(tmp_path, keep=keep) as manager, manager_of(tmp_path / "well", keep=keep) as other:
+        for step in range(1, 8):
+            with monkeypatch.context() as patch:
+                if step == 4:
+                    patch.setattr(os, "rename", failing)
+                manager.save(step, state_at(step), metrics={"loss": step})
+            other.save(step, state_at(step), metrics={"loss": step})
+            assert (manager.steps() == other.steps()) == (step != 4)
