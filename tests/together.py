@@ -389,6 +389,12 @@ def turned(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "params": {**state["params"], "kernel": kernel}}
 
 
+def two_parts_at(step: int) -> dict[str, Any]:
+    """A state of which each process has a part of two items."""
+    state = state_at(step)
+    return {**state, "ema": state["params"]}
+
+
 def own_storage(folder: Path) -> Any:
     """Each process has a directory of its own, also at a path of its own; then one of them loses its newest step."""
     options = ckpt_hooks.MultiprocessingOptions(primary_host=None)
@@ -397,15 +403,15 @@ def own_storage(folder: Path) -> Any:
     with ckpt_hooks.CheckpointHook(
         own, every_n_steps=10, keep=2, timeout_secs=60, multiprocessing_options=options, compression="zstd"
     ) as hook:
-        found["fresh"] = hook.restore(state_at(0))["step"]
+        found["fresh"] = hook.restore(two_parts_at(0))["step"]
         for step in range(1, 31):
-            hook(step, state_at(step))
+            hook(step, two_parts_at(step))
         hook.wait()
         found["steps"] = hook.manager.steps()
         found["problems"] = hook.manager.verify(30)
         found["without a target"], _ = error_of(hook.manager.restore)
-        found["in another mesh"], _ = error_of(lambda: hook.restore(turned(state_at(0))))
-        found["with a target"] = is_at(hook.restore(state_at(0)), 30)
+        found["in another mesh"], _ = error_of(lambda: hook.restore(turned(two_parts_at(0))))
+        found["with a target"] = is_at(hook.restore(two_parts_at(0)), 30)
     if jax.process_index() == jax.process_count() - 1:
         with damage.flip_bit(next((own / "30" / "params" / "d").iterdir()), 100):
             found["damaged"] = len(hook.manager.verify(30))
@@ -414,19 +420,19 @@ def own_storage(folder: Path) -> Any:
     with ckpt_hooks.CheckpointHook(
         own, every_n_steps=10, keep=2, timeout_secs=60, multiprocessing_options=options
     ) as hook:
-        found["restored"] = [is_at(hook.restore(state_at(0)), 20), hook.start_step]
-        hook(30, state_at(30))
+        found["restored"] = [is_at(hook.restore(two_parts_at(0)), 20), hook.start_step]
+        hook(30, two_parts_at(30))
         hook.wait()
         found["again"] = hook.manager.steps()
-        found["at 30"] = is_at(hook.restore(state_at(0)), 30)
+        found["at 30"] = is_at(hook.restore(two_parts_at(0)), 30)
     if jax.process_index() == 0:
         shutil.rmtree(own)
     wait_for_all("all lost")
     with ckpt_hooks.CheckpointHook(
         own, every_n_steps=10, keep=2, timeout_secs=60, multiprocessing_options=options
     ) as hook:
-        found["afresh"] = hook.restore(state_at(0))["step"]
-        hook(10, state_at(10))
+        found["afresh"] = hook.restore(two_parts_at(0))["step"]
+        hook(10, two_parts_at(10))
         hook.wait()
         found["then"] = hook.manager.steps()
     return found

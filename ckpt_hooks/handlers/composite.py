@@ -263,7 +263,8 @@ class CompositeCheckpointHandler(CheckpointHandler):
             except StructureMismatchError as error:
                 mismatches.append(error)  # every item's, so that one attempt tells all
         if len(mismatches) > 1:
-            raise StructureMismatchError("\n".join(map(str, mismatches)))
+            kinds = {type(error) for error in mismatches}
+            raise (kinds.pop() if len(kinds) == 1 else StructureMismatchError)("\n".join(map(str, mismatches)))
         if mismatches:
             raise mismatches[0]
         return CompositeArgs(**results)
