@@ -26,7 +26,6 @@ from ckpt_hooks.errors import (
     NameCollisionError,
     NoDeviceError,
     NoValidCheckpointError,
-    PartialCheckpointError,
     StructureMismatchError,
     UnsupportedLeafError,
 )
@@ -154,15 +153,15 @@ def nothing_left(run: RunDirectory, rejected: Mapping[int, str]) -> CheckpointEr
 def find_problems(run: RunDirectory, step: int) -> list[str]:
     """What of a step is not as it was saved; of another library's, which has no checksums, what cannot be read.
 
-    Of one process's own storage, it is that process's part which is verified.
+    Of one process's own storage, it is that process's part which is verified. How many processes saved is no matter.
     """
     path = run.require(step)
     problems = run.problems(step)
     if not problems:
         try:
             restore_checkpoint(path)
-        except PartialCheckpointError:
-            pass  # every byte that there is has been checked, and what there is not is other processes'
+        except StructureMismatchError:
+            pass  # every byte that there is has been checked; what does not fit are this process and their number
         except _LACKING:
             raise
         except Exception as error:  # another library's damage comes in every class

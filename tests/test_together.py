@@ -208,6 +208,17 @@ def test_each_file_is_synced_by_who_wrote_it(nursery: Nursery, tmp_path: Path, c
             assert [own in some for some in synced] == [other == rank for other in range(count)], own
 
 
+def test_one_process_verifies_what_several_have_saved(nursery: Nursery, tmp_path: Path) -> None:
+    """That an iterator cannot go on in another number of processes is no damage, and that of any of them is found."""
+    nursery.run_group(together.synced_and_written, tmp_path, 2)
+    manager = CheckpointManager(tmp_path / "run")
+    assert manager.verify(1) == []
+    for process in range(2):
+        state = tmp_path / "run" / "1" / "data" / f"process_{process}-of-2.json"
+        with damage.flip_bit(state, 0):
+            assert [state.name in problem for problem in manager.verify(1)] == [True]
+
+
 def test_what_is_the_same_in_all_processes_is_written_once(nursery: Nursery, tmp_path: Path) -> None:
     """A process more adds two files to an item: its data and their checksums."""
     alone, four = (
