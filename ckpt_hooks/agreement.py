@@ -39,7 +39,8 @@ _Judge = Callable[[Mapping[int, str]], tuple[str, str]]  # {process: what it sai
 class Together:
     """What all processes do at once, or the primary does for all, as a context.
 
-    At its end every process has come and has made the same claim; an error inside is told to the others.
+    At its end every process has come and has made the same claim; an error inside is told to the others. What changes
+    something goes between `agree` and that end.
 
     Attributes:
       decides: whether this process acts for all; with storage of its own, each does.
@@ -54,6 +55,11 @@ class Together:
 
     def __enter__(self) -> Self:
         return self
+
+    def agree(self) -> bool:
+        """Waits until every process has come so far, with the same claim; returns `decides`."""
+        self._barriers.meet("agree", self.claim)
+        return self.decides
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:

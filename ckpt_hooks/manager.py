@@ -355,11 +355,11 @@ class CheckpointManager:
     @_one_at_a_time
     def record_metrics(self, step: int, metrics: Any) -> None:
         """Adds metrics that arrived after the save; retention looks again."""
-        with Together(self._processes, f"recorded metrics of step {step}") as all_processes:
+        with Together(self._processes, f"metrics of step {step} to record") as all_processes:
             numbers = to_json_numbers(metrics)
             self.wait()
             self._run.require(step := check_step(step))
-            if all_processes.decides:
+            if all_processes.agree():
                 self._record_metrics(step, numbers)
 
     def _record_metrics(self, step: int, numbers: Mapping[str, Any]) -> None:
@@ -373,21 +373,22 @@ class CheckpointManager:
     @_one_at_a_time
     def rollback(self, step: int) -> None:
         """Makes `step` the newest: newer checkpoints are set aside as ``<step>.rolled_back``."""
-        with Together(self._processes, f"rolled back to step {step}") as all_processes:
+        with Together(self._processes, f"step {step} to roll back to") as all_processes:
             self.wait()
             self._run.require(step := check_step(step))
-            if all_processes.decides:
+            if all_processes.agree():
                 self._run.lock()
                 self._run.roll_back(step)
 
     @_one_at_a_time
     def delete(self, step: int) -> None:
         """Removes a checkpoint. Raises CheckpointNotFoundError where there is none."""
-        with Together(self._processes, f"deleted step {step}") as all_processes:
+        with Together(self._processes, f"step {step} to delete") as all_processes:
             self.wait()
-            if all_processes.decides:
-                if not is_directory(self._run.step_path(step := check_step(step))):
-                    self._run.require(step)
+            path = self._run.step_path(step := check_step(step))
+            if all_processes.decides and not is_directory(path):
+                self._run.require(step)
+            if all_processes.agree():
                 self._run.lock()
                 self._run.remove(step)
 

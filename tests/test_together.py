@@ -113,6 +113,29 @@ def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize("count", [2, 4])
+def test_nothing_is_deleted_set_aside_or_recorded_before_all_have_asked_for_the_same(
+    nursery: Nursery, tmp_path: Path, count: int
+) -> None:
+    """A checkpoint is changed when every process has come to the call with the same step, and not before."""
+    last = f"process {count - 1} has"
+    disputes = {
+        "delete": f"process 0 has step 3 to delete, but {last} step 4 to delete",
+        "roll back": f"process 0 has step 1 to roll back to, but {last} step 2 to roll back to",
+        "delete or roll back": f"process 0 has step 1 to roll back to, but {last} step 1 to delete",
+    }
+    for number, process in enumerate(nursery.run_group(together.changes_that_differ, tmp_path, count)):
+        assert process.code == 0, process.log
+        said = process.report["said"]
+        for name, words in disputes.items():
+            assert said[name][0].startswith(f"ProcessesDisagreeError: {words}. Nothing was written"), said[name]
+        told = "" if number == count - 1 else f"OtherProcessError: process {count - 1} failed: "
+        assert said["record"][0].startswith(f"{told}NotSerializableError: metrics['loss']")
+        assert max(secs for _, secs in said.values()) < 20, "told, and not found out by waiting"
+        assert process.report["untouched"] == [[0, 1, 2, 3, 4], {}]
+        assert process.report["changed"] == [[0, 1, 3], {"loss": 1}]
+
+
+@pytest.mark.parametrize("count", [2, 4])
 def test_a_save_that_one_process_refuses_fails_in_all_at_once(nursery: Nursery, tmp_path: Path, count: int) -> None:
     """Its arguments, or the failure of its last save: the others are told, and what all refuse is each one's own error.
 

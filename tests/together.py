@@ -190,6 +190,29 @@ def refused_before_the_barrier(folder: Path) -> Any:
     return {"said": said, "is newest": newest == step + 1}
 
 
+def changes_that_differ(folder: Path) -> Any:
+    """{change: what each process hears where the last one asks for another}, and what is there then; then all agree."""
+    is_last = jax.process_index() == jax.process_count() - 1
+    with ckpt_hooks.CheckpointManager(folder / "run", keep=None, timeout_secs=60) as manager:
+        for step in range(5):
+            manager.save(step, state_at(step))
+        manager.wait()
+        changes: dict[str, Callable[[], None]] = {
+            "delete": lambda: manager.delete(3 + is_last),
+            "roll back": lambda: manager.rollback(1 + is_last),
+            "delete or roll back": lambda: manager.delete(1) if is_last else manager.rollback(1),
+            "record": lambda: manager.record_metrics(1, {"loss": "none" if is_last else 1}),
+        }
+        said = {name: error_of(change) for name, change in changes.items()}
+        wait_for_all("looks")
+        untouched = manager.steps(), dict(manager.metadata(1).metrics)
+        wait_for_all("goes on")
+        manager.record_metrics(1, {"loss": 1})
+        manager.delete(2)
+        manager.rollback(3)
+        return {"said": said, "untouched": untouched, "changed": (manager.steps(), manager.metadata(1).metrics)}
+
+
 def look_that_fails(folder: Path) -> Any:
     """What each process is told of a run at which process 0 cannot look, twice; then all can, and save."""
     run, stat = folder / "run", os.stat
