@@ -51,6 +51,7 @@ def _eval_shape(function: Callable[..., Any], *args: Any) -> Any:
         nonlocal structure
         is_leaf = ends_here if NNX in sys.modules else None
         leaves, structure = jax.tree_util.tree_flatten(function(*args), is_leaf=is_leaf)
+        leaves = [_without_values(leaf) if _is_placed(leaf) else leaf for leaf in leaves]
         untraced[:] = (None if _is_traceable(leaf) else leaf for leaf in leaves)
         return [leaf for leaf in leaves if _is_traceable(leaf)]
 
@@ -59,5 +60,18 @@ def _eval_shape(function: Callable[..., Any], *args: Any) -> Any:
     return jax.tree_util.tree_unflatten(structure, [next(traced) if leaf is None else leaf for leaf in untraced])
 
 
+def _is_placed(leaf: Any) -> bool:
+    """Whether it is an array that is there, as `jax.make_array_from_callback` makes it, on devices that were named."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
+
+
+def _without_values(array: jax.Array) -> Any:
+    is_weak = getattr(array, "weak_type", False)  # random keys have none
+    struct: Any = jax.ShapeDtypeStruct
+    return struct(array.shape, array.dtype, sharding=array.sharding, weak_type=is_weak)
+
+
 def _is_traceable(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or (NNX in sys.modules and ends_here(leaf))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding is None  # which tracing would drop
+    return isinstance(leaf, jax.Array) or (NNX in sys.modules and ends_here(leaf))

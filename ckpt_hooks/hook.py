@@ -338,8 +338,9 @@ class CheckpointHook:
         """The newest checkpoint, or ``init_fn(*args)`` in an empty run.
 
         Where there is a checkpoint, `init_fn` is only evaluated abstractly: no initial state is built. Shardings
-        of a jitted `init_fn` are kept, and arguments that are not arrays reach it untouched. What it returns that is no
-        JAX array comes back in its own type. Options and objects are those of `restore`.
+        of a jitted `init_fn` are kept, not those of a `jax.device_put` in another, and arguments that are not arrays
+        reach it untouched. What it returns that is no JAX array comes back in its own type. Options and objects are
+        those of `restore`.
         """
         if not callable(init_fn):
             raise InvalidArgumentTypeError(

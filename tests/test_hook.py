@@ -375,6 +375,29 @@ def test_a_jitted_init_is_not_run_and_keeps_its_shardings(make: MakeHook) -> Non
     np.testing.assert_array_equal(state["w"], np.arange(4.0))
 
 
+def test_what_init_places_itself_keeps_its_sharding(make: MakeHook) -> None:
+    """Arrays that are made on named devices, as by make_array_from_callback, go there also when they are restored."""
+    hook = make()
+    key = jax.random.key(1)
+    hook.save(7, {"w": jnp.arange(4.0), "key": key, "abstract": jnp.ones(2)})
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.device_put(jax.random.key(0), sharding)
+
+    def init() -> dict[str, Any]:
+        zeros = np.zeros(4, np.float32)
+        return {
+            "w": jax.make_array_from_callback((4,), sharding, lambda index: zeros[index]),
+            "key": placed,
+            "abstract": jax.ShapeDtypeStruct((2,), np.float32, sharding=sharding),
+        }
+
+    state = hook.restore_or_init(init)
+    assert [array.sharding for array in state.values()] == [sharding] * 3
+    np.testing.assert_array_equal(state["w"], np.arange(4.0))
+    assert state["key"] == key
+
+
 def test_arguments_of_init_may_be_anything(make: MakeHook) -> None:
     """Models, optimisers, None and numbers reach init_fn as they are, dicts of arrays as tracers."""
     hook = make()
