@@ -195,7 +195,9 @@ class Checkpointer:
             staged = args if isinstance(args, StagedSave) else self.stage(args)
             staged_secs = time.perf_counter()
             temporary.recorded = {"item_handlers": staged.item_handlers or self._recorded_name, **recorded}
-            claim = "" if self._is_alone else save_claim(os.fspath(final), staged.claim, recorded, options)
+            claim = ""
+            if not self._is_alone:
+                claim = save_claim(os.fspath(final), staged.claim, recorded, options, goes_on=self._goes_on)
             self._create(temporary, final, staged.nbytes, operation, claim)
             if staged.begin is not None:
                 staged.begin(temporary.get())

@@ -24,13 +24,16 @@ _MOST_LINES = 32  # what is more than this stands in one line, as a digest
 _LONGEST_VALUE = 40  # characters
 
 
-def save_claim(path: str, items: str, recorded: Mapping[str, Any], options: MultiprocessingOptions) -> str:
-    """Of a whole save: which checkpoint, what its items claim, and the metadata; metrics may differ."""
+def save_claim(
+    path: str, items: str, recorded: Mapping[str, Any], options: MultiprocessingOptions, *, goes_on: bool
+) -> str:
+    """Of a whole save: which checkpoint, what its items claim, the metadata, and its barriers; metrics may differ."""
     place = os.path.basename(path) if options.primary_host is None else path
     metadata = dict(recorded["custom_metadata"])
     if metadata.get("metrics") == recorded["metrics"]:
         del metadata["metrics"]
-    return "\n".join([place, *items.splitlines(), f"custom_metadata {_short(json.dumps(metadata, sort_keys=True))}"])
+    custom = f"custom_metadata {_short(json.dumps(metadata, sort_keys=True))}"
+    return "\n".join([place, *items.splitlines(), custom, f"async_save={goes_on}"])
 
 
 def structure_claim(names: Sequence[str], leaves: Sequence[LeafPlan], types: Any, *, shared: bool) -> str:

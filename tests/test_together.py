@@ -91,6 +91,7 @@ def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
         "mesh": [f"process 0 has params: 2 leaves on mesh(x={count}, y=2)", f"1 leaves on mesh(x=2, y={count})", last],
         "devices": [f"on mesh(x={count}, y=2) of devices [[0, 1]", last, f"of devices [[{2048 * (count - 1) + 1}, "],
         "metadata": ['{"seed": 0, ', f'{last} custom_metadata {{"seed": 1, '],
+        "async_save": [f"process 0 has async_save=False, but {last} async_save=True"],
     }
     if count == 2:
         del words["mesh"]  # 2 x 2 turned is 2 x 2

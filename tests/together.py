@@ -158,6 +158,8 @@ def refused(folder: Path) -> Any:
             manager.save(2 * step + 1, good, metrics={"loss": jax.process_index()})  # each may have its own
             manager.wait()
             committed.append(manager.latest_step() == 2 * step + 1)
+    waits = ckpt_hooks.CheckpointManager(folder / "waits", async_save=is_last, timeout_secs=60)
+    said["async_save"] = error_of(lambda: waits.save(1, good))
     return {"said": said, "committed": committed, "metrics": manager.metadata(1).metrics}
 
 
