@@ -224,7 +224,7 @@ class CheckpointManager:
                 raise InvalidArgumentError(f"item {name!r} is a part of the state already; rename the keyword")
             is_tree = isinstance(value, train_state.PureState)
             args[name] = StandardSaveArgs(value) if is_tree else IteratorSaveArgs(require_stateful(name, value))
-        if numbers and METRICS_ITEM not in args:
+        if numbers and self._decides and METRICS_ITEM not in args:
             args[METRICS_ITEM] = JsonSaveArgs(to_orbax_metrics(numbers))  # where Orbax's best_fn looks
         return CompositeArgs(**args)
 

@@ -91,6 +91,7 @@ def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
         "mesh": [f"process 0 has params: 2 leaves on mesh(x={count}, y=2)", f"1 leaves on mesh(x=2, y={count})", last],
         "devices": [f"on mesh(x={count}, y=2) of devices [[0, 1]", last, f"of devices [[{2048 * (count - 1) + 1}, "],
         "metadata": ['{"seed": 0, ', f'{last} custom_metadata {{"seed": 1, '],
+        "object": [f"process 0 has nothing more, but {last} data: the state of an object"],
         "async_save": [f"process 0 has async_save=False, but {last} async_save=True"],
     }
     if count == 2:
@@ -109,8 +110,9 @@ def test_what_processes_do_not_have_alike_is_named_before_anything_is_written(
             assert secs < 20, "told, and not found out by waiting"
         assert all(process.report["committed"])
         assert process.report["metrics"] == {"loss": 0}
-    good = {*range(1, 16, 2), *([10] if count == 2 else [])}
+    good = {*range(1, 18, 2), *([10] if count == 2 else [])}
     assert set(map(int, os.listdir(tmp_path / "run"))) == good
+    assert not list((tmp_path / "run").glob("*/*.orbax-checkpoint-tmp")), "of metrics that process 0 has not"
 
 
 @pytest.mark.parametrize("count", [2, 4])

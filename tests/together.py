@@ -150,12 +150,14 @@ def refused(folder: Path) -> Any:
         "mesh": (with_leaf(global_array(values, PartitionSpec("x"), turned if is_last else mesh())), {}),
         "devices": (with_leaf(global_array(values, PartitionSpec("x"), reordered if is_last else mesh())), {}),
         "metadata": (good, {"metadata": {"seed": int(is_last)}}),
+        "object": (good, {"data": Position(1)} if is_last else {}),
     }
     said, committed = {}, []
     with ckpt_hooks.CheckpointManager(folder / "run", keep=None, timeout_secs=60) as manager:
         for step, (name, (state, options)) in enumerate(cases.items()):
             said[name] = error_of(lambda: manager.save(2 * step, state, **options))  # noqa: B023
-            manager.save(2 * step + 1, good, metrics={"loss": jax.process_index()})  # each may have its own
+            own = {} if name == "object" and not is_last else {"metrics": {"loss": jax.process_index()}}
+            manager.save(2 * step + 1, good, **own)  # each may have its own, or none
             manager.wait()
             committed.append(manager.latest_step() == 2 * step + 1)
     waits = ckpt_hooks.CheckpointManager(folder / "waits", async_save=is_last, timeout_secs=60)

@@ -99,7 +99,7 @@ class IteratorCheckpointHandler(CheckpointHandler):
             if self._is_primary:
                 commit.write_file(os.path.join(directory, _SUMMARY_FILE), summary)
 
-        return StagedSave(write, nbytes=len(text))
+        return StagedSave(write, nbytes=len(text), claim="the state of an object")  # which each process has to give
 
     def save(self, directory: epath.Path, args: IteratorSaveArgs) -> None:
         self.stage(args).write(directory)
