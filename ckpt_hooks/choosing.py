@@ -36,13 +36,18 @@ _log = logging.getLogger(__name__)
 
 
 def read_chosen(
-    run: RunDirectory, asked: Callable[[], int] | None, read: Callable[[str], _T], options: MultiprocessingOptions
+    run: RunDirectory,
+    asked: Callable[[], int] | None,
+    read: Callable[[str], _T],
+    options: MultiprocessingOptions,
+    wanted: str = "newest",
 ) -> tuple[int, _T]:
     """(step, what `read` makes of its path), of the same step in every process.
 
     Args:
       asked: says which step, and no other one will do; None for the newest that verifies.
       read: reads what this process needs of the checkpoint at a path.
+      wanted: which step was asked for, in words that are the same in every process.
 
     Raises:
       CheckpointNotFoundError, NoValidCheckpointError: in all processes, where the leader finds none (any more).
@@ -50,7 +55,7 @@ def read_chosen(
       OtherProcessError: another process has failed; and whatever `read` raises that is no damage.
     """
     if len(options.members()) > 1:
-        return _read_together(run, asked, read, options)
+        return _read_together(run, asked, read, options, wanted)
     if asked is None:
         return read_newest(run, read)
     step = asked()
@@ -86,12 +91,16 @@ def _operation(options: MultiprocessingOptions) -> Iterator[OperationBarriers]:
 
 
 def _read_together(
-    run: RunDirectory, asked: Callable[[], int] | None, read: Callable[[str], _T], options: MultiprocessingOptions
+    run: RunDirectory,
+    asked: Callable[[], int] | None,
+    read: Callable[[str], _T],
+    options: MultiprocessingOptions,
+    wanted: str,
 ) -> tuple[int, _T]:
     leader = _Leader(run, asked)
     leads = processes.index() == options.leader()
     with _operation(options) as barriers:
-        claim = "restores the newest step" if asked is None else "restores a step that it names"
+        claim = f"step {wanted} to restore"
         have_own = asked is None and options.primary_host is None  # a directory each
         if have_own:
             barriers.consult("steps", json.dumps(run.steps()), leader.find_common)

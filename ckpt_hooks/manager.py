@@ -293,7 +293,8 @@ class CheckpointManager:
             tell_others(error, self._processes)
             raise
         asked = None if step is None or step == "latest" else functools.partial(self._number_of, step)
-        number, (restored, states) = read_chosen(self._run, asked, request.read, self._processes)
+        wanted = "newest" if asked is None else str(step)
+        number, (restored, states) = read_chosen(self._run, asked, request.read, self._processes, wanted)
         return number, request.deliver(restored, states)
 
     def _number_of(self, step: Any) -> int:

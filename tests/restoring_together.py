@@ -265,6 +265,7 @@ def together(folder: Path) -> Any:
     report["no object"] = outcome(lambda: restored_step(manager(), objects=objects))
 
     report["no such step"] = outcome(lambda: restored_step(manager(), step=7))
+    report["another step"] = outcome(lambda: restored_step(manager(keep=None), step=1 if process == last else 2))
     report["disagree"] = outcome(lambda: restored_step(manager(), step=2 if process == last else None))
 
     # Process 0, which chooses, cannot look at the newest step.

@@ -136,7 +136,8 @@ def test_an_error_in_one_process_reaches_all(reports: Any) -> None:
     for report in reports:
         assert report["no such step"].startswith("CheckpointNotFoundError") and "[1, 2, 3]" in report["no such step"]
         assert report["disagree"].startswith("ProcessesDisagreeError")
-        assert f"process {len(others)} has restores a step that it names" in report["disagree"]
+        assert f"process {len(others)} has step 2 to restore" in report["disagree"]
+        assert f"process {len(others)} has step 1 to restore" in report["another step"]
 
 
 def test_what_process_0_cannot_look_at_is_the_same_error_for_all(reports: Any) -> None:

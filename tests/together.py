@@ -156,7 +156,7 @@ def refused(folder: Path) -> Any:
     with ckpt_hooks.CheckpointManager(folder / "run", keep=None, timeout_secs=60) as manager:
         for step, (name, (state, options)) in enumerate(cases.items()):
             said[name] = error_of(lambda: manager.save(2 * step, state, **options))  # noqa: B023
-            own = {} if name == "object" and not is_last else {"metrics": {"loss": jax.process_index()}}
+            own: dict[str, Any] = {} if name == "object" and not is_last else {"metrics": {"loss": jax.process_index()}}
             manager.save(2 * step + 1, good, **own)  # each may have its own, or none
             manager.wait()
             committed.append(manager.latest_step() == 2 * step + 1)
