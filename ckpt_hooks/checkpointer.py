@@ -102,12 +102,9 @@ class Checkpointer:
         if not self._store_blocks and not self._goes_on:
             raise InvalidArgumentError("Checkpointer needs a metadata store that blocks; this one does not")
         self._temporary_path_class = temporary_path_class or AtomicRenameTemporaryPath
-        self._path_options = accepted_options(
-            self._temporary_path_class,
-            checkpoint_metadata_store=self._store,
-            file_options=given_or_new(file_options, FileOptions),
-            multiprocessing_options=together,
-        )
+        files = given_or_new(file_options, FileOptions)
+        options = {"checkpoint_metadata_store": store, "file_options": files, "multiprocessing_options": together}
+        self._path_options = accepted_options(self._temporary_path_class, options)
         self._is_primary = together.is_primary()
         self._is_alone, rank = processes.count() == 1, together.writers().ranks[processes.index()]
         self._is_others = None if self._is_alone else functools.partial(is_of_another, rank)

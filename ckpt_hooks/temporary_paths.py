@@ -358,8 +358,8 @@ def require_free_bytes(directory: str, said: Mapping[int, int | str]) -> None:
     )
 
 
-def accepted_options(path_class: type[TemporaryPath], **options: Any) -> dict[str, Any]:
-    """Those that its `from_final` takes: one that was written for Orbax does not take all of ours."""
+def accepted_options(path_class: type[TemporaryPath], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of the options that its `from_final` takes: one that was written for Orbax does not take all of ours."""
     taken = inspect.signature(path_class.from_final).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         return options
