@@ -45,16 +45,19 @@ class BackgroundTask:
         try:
             if not threading.main_thread().is_alive():
                 raise RuntimeError("the interpreter is ending, and waits for no thread that starts now")
-            threading.Thread(target=self.end_by, args=(call,), name=self._name).start()
+            threading.Thread(target=self._end, args=([call],), name=self._name).start()
         except RuntimeError:
             self.end_by(call)
 
     def end_by(self, call: Callable[[], object]) -> None:
         """Makes a call here and now, which ends the task, unless its thread is at work already."""
+        self._end([call])
+
+    def _end(self, calls: list[Callable[[], object]]) -> None:
         if self._claim.acquire(blocking=False):
             self.thread = threading.get_ident()
             try:
-                call()
+                calls.pop()()  # so that nothing holds what was called, as a run that it has locked, when `wait` returns
             finally:
                 self._has_ended = True
                 self._running.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +27,7 @@ from ckpt_hooks.errors import CheckpointNotFoundError, RunLockedError
 from ckpt_hooks.metadata import StepMetadata
 from ckpt_hooks.run import RunDirectory
 from ckpt_hooks.storage import commit
+from ckpt_hooks.threads import BackgroundTask
 from tests.faulty import fail
 
 STATE = {"w": np.arange(3.0)}
@@ -373,3 +376,29 @@ def test_ctrl_c_while_closing_leaves_the_run_locked(run: Path, monkeypatch: pyte
     manager.close()
     other.save(2, STATE)
     assert other.steps() == [1, 2]
+
+
+def test_what_has_ended_holds_nothing_of_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When `wait` returns, the thread may still be there; a manager that is dropped then leaves no run locked."""
+    told, task = threading.Event(), BackgroundTask("example")
+
+    class Lock:
+        def release(self) -> None:
+            running.release()
+            told.wait(10)  # the thread is held up right after it has told that the task has ended
+
+        def __enter__(self) -> None:
+            running.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            running.release()
+
+    running = task._running
+    monkeypatch.setattr(task, "_running", Lock())
+    state = np.zeros(3)
+    held = weakref.ref(state)
+    task.start(functools.partial(np.sum, state))
+    del state
+    task.wait()
+    assert held() is None
+    told.set()
