@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,12 +136,14 @@ def _ignoring() -> Any:
 def counted_reads() -> Iterator[dict[str, int]]:
     """{data file: bytes that are read of it}."""
     counts: dict[str, int] = {}
+    counting_one = threading.Lock()  # several threads read
     preadv = os.preadv
 
     def counting(descriptor: int, buffers: Any, offset: int) -> int:
         got = preadv(descriptor, buffers, offset)
         name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        counts[name] = counts.get(name, 0) + got
+        with counting_one:
+            counts[name] = counts.get(name, 0) + got
         return got
 
     os.preadv = counting  # type: ignore[assignment]
