@@ -18,7 +18,7 @@ from ckpt_hooks.devices import require_a_device
 from ckpt_hooks.equinox_modules import functions_among
 from ckpt_hooks.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_hooks.matching import SavedLeaf, fit, key_dtype, match, place_on_devices
-from ckpt_hooks.shards import Parts, Spread, are_undecided, spreads_of, with_saved_shardings
+from ckpt_hooks.shards import Parts, Spread, are_undecided, spreads_of, with_shardings
 from ckpt_hooks.storage.array_info import ArrayInfo
 from ckpt_hooks.storage.lookup import content_of, is_directory
 from ckpt_hooks.storage.reader import Database
@@ -108,10 +108,10 @@ class SavedTree:
         return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
 
     def _decided(self, targets: Mapping[str, Any], saved_names: Mapping[str, str]) -> dict[str, Any]:
-        """The targets, with the shardings that were saved where there are none."""
+        """The targets, with devices where they name none."""
         encoded = self._saved_shardings()
         by_saved_name = {saved_names.get(name, name): leaf for name, leaf in targets.items()}
-        decided = with_saved_shardings(self._directory, by_saved_name, encoded)
+        decided = with_shardings(self._directory, by_saved_name, encoded)
         return {name: decided[saved_names.get(name, name)] for name in targets}
 
     def _saved_shardings(self) -> Mapping[str, str]:

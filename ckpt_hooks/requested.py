@@ -16,6 +16,7 @@ from ckpt_hooks.graph_objects import GraphObjects
 from ckpt_hooks.handlers.iterator import require_stateful, set_saved_state
 from ckpt_hooks.listing import is_run
 from ckpt_hooks.restoring import restore_checkpoint
+from ckpt_hooks.shards import on_devices
 from ckpt_hooks.storage.lookup import is_directory, is_file, local_path
 
 __all__ = ["RestoreRequest", "check_names", "restore"]
@@ -80,8 +81,9 @@ def _check_shardings(like: Any) -> None:
             continue
         try:
             if leaf.sharding is not None:
-                leaf.sharding.shard_shape(leaf.shape)
-                _ = leaf.sharding.device_set  # which an abstract mesh has not
+                sharding = on_devices(leaf.sharding)
+                sharding.shard_shape(leaf.shape)
+                _ = sharding.device_set  # which an abstract mesh has not
         except (TypeError, ValueError) as error:
             path, _ = jax.tree_util.tree_leaves_with_path(like)[number]
             name = "/".join(map(tree.key_text, path)) or "the state"

@@ -20,7 +20,7 @@ from ckpt_hooks.devices import put_bound
 from ckpt_hooks.leaves import is_prng_key, sharding_from_json
 from ckpt_hooks.storage.regions import Region, whole
 
-__all__ = ["Parts", "Spread", "are_undecided", "put_parts", "spreads_of", "with_saved_shardings"]
+__all__ = ["Parts", "Spread", "are_undecided", "on_devices", "put_parts", "spreads_of", "with_shardings"]
 
 _ELSEWHERE = object()
 _ON_ONE_DEVICE = {type(None), jax.sharding.SingleDeviceSharding}
@@ -118,20 +118,34 @@ def _joined(parts: Parts, arrays: list[jax.Array]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(parts.shape, sharding, arrays, dtype=parts.dtype)
 
 
-# ------------------------------------------------------------------ shardings that were saved
+# ------------------------------------------------------------------ abstract arrays that name no devices
 
 
 def are_undecided(likes: Collection[Any]) -> bool:
     """Whether there is an abstract array that says nothing of devices."""
-    return bool([like for like in likes if type(like) is jax.ShapeDtypeStruct and like.sharding is None])
+    return bool([like for like in likes if type(like) is jax.ShapeDtypeStruct and _names_no_devices(like.sharding)])
 
 
-def _is_undecided(like: Any) -> bool:
-    return isinstance(like, jax.ShapeDtypeStruct) and like.sharding is None
+def _names_no_devices(sharding: Any) -> bool:
+    return sharding is None or isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh)
 
 
-def with_saved_shardings(item: str, targets: Mapping[str, Any], encoded: Mapping[str, str]) -> dict[str, Any]:
-    """`targets`, with the sharding that was saved where an abstract array says nothing of devices.
+def on_devices(sharding: Any) -> Any:
+    """The sharding; on the mesh that `jax.set_mesh` has set, where it is on one of that shape which has no devices.
+
+    Abstract evaluation says so of arrays on explicit axes, as `jax.make_mesh` makes them.
+    """
+    if sharding is None or not _names_no_devices(sharding):
+        return sharding
+    get_mesh = getattr(jax.sharding, "get_mesh", None)  # not in JAX 0.7
+    mesh = get_mesh and get_mesh()
+    if not mesh or mesh.shape != sharding.mesh.shape:
+        return sharding
+    return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def with_shardings(item: str, targets: Mapping[str, Any], encoded: Mapping[str, str]) -> dict[str, Any]:
+    """`targets`, with devices where an abstract array names none: those of `jax.set_mesh`, or as it was saved.
 
     Where those devices are not here, it stays as it is, and goes to one device.
 
@@ -141,16 +155,19 @@ def with_saved_shardings(item: str, targets: Mapping[str, Any], encoded: Mapping
       encoded: the content of the file ``_sharding``.
     """
     found, num_elsewhere = dict(targets), 0
+    for name, target in targets.items():
+        if type(target) is jax.ShapeDtypeStruct and (sharding := on_devices(target.sharding)) is not target.sharding:
+            found[name] = target.update(sharding=sharding)  # type: ignore[no-untyped-call]
     for key, text in encoded.items():
         name = base64.urlsafe_b64decode(key).decode()
         like: Any = targets.get(name)
-        if not _is_undecided(like):
+        if type(like) is not jax.ShapeDtypeStruct or like.sharding is not None:
             continue
         sharding = _saved_sharding(text, like.ndim)
         if sharding is _ELSEWHERE:
             num_elsewhere += 1
         elif sharding is not None:
-            found[name] = like.update(sharding=sharding)
+            found[name] = like.update(sharding=sharding)  # type: ignore[no-untyped-call]
     if num_elsewhere:
         _log.warning(
             "%s: %d arrays were saved on devices that are not here, and `like` gives them no shardings: they go to "

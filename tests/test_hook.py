@@ -375,6 +375,25 @@ def test_a_jitted_init_is_not_run_and_keeps_its_shardings(make: MakeHook) -> Non
     np.testing.assert_array_equal(state["w"], np.arange(4.0))
 
 
+@pytest.mark.parametrize("is_jitted", [False, True])
+def test_explicit_axes_are_kept(make: MakeHook, is_jitted: bool) -> None:
+    """What init_fn makes on explicit axes, as jax.make_mesh makes them, is restored onto the mesh of jax.set_mesh."""
+    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def init() -> dict[str, Any]:
+        return {"w": jax.sharding.reshard(jnp.zeros(4), spec), "key": jax.random.key(0)}
+
+    with jax.set_mesh(mesh):
+        hook = make()
+        hook.save(7, {"w": jnp.arange(4.0), "key": jax.random.key(1)})
+        state = hook.restore_or_init(jax.jit(init) if is_jitted else init)
+    assert hook.start_step == 7
+    assert state["w"].sharding == jax.sharding.NamedSharding(mesh, spec)
+    np.testing.assert_array_equal(state["w"], np.arange(4.0))
+    assert state["key"] == jax.random.key(1)
+
+
 def test_what_init_places_itself_keeps_its_sharding(make: MakeHook) -> None:
     """Arrays that are made on named devices, as by make_array_from_callback, go there also when they are restored."""
     hook = make()
