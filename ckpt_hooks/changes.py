@@ -125,6 +125,14 @@ class Changes:
         only = tuple(_name(path, begin) for path in inner(self.only))
         return dataclasses.replace(self, rename=rename or None, only=only, item=item)
 
+    def below(self, item: str) -> Changes:
+        """These, where there is only this one item, so that paths in `rename` need not begin with it."""
+        if not isinstance(self.rename, Mapping):
+            return self
+        begin = {old: "" if f"{old}/".startswith(f"{item}/") else f"{item}/" for old in self.rename}
+        rename = {begin[old] + old: begin[old] + new for old, new in self.rename.items()}
+        return dataclasses.replace(self, rename=rename)
+
     def of_whole_tree(self, asked: Iterable[str]) -> Changes:
         """Those of a tree whose top keys are taken for items, of which these are asked for."""
         parts = {path.split("/")[0] for path in self.only}

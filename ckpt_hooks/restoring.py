@@ -198,6 +198,8 @@ def _restore(
         raise ItemNotFoundError(f"{path} is one pytree without items, so it has no {[*objects]}; leave them out")
     if checkpoint.handler is not None or (not objects and checkpoint.is_outside(asked)):
         return checkpoint.restore_tree(like, asked), {}
+    if checkpoint.single_item:
+        checkpoint.changes = changes.below(checkpoint.single_item)
     whole = checkpoint.whole_item(like) if asked is None else None
     if like is None:
         names = checkpoint.restorable(objects) if asked is None else asked

@@ -31,6 +31,7 @@ from ckpt_hooks import (
 from ckpt_hooks.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    InvalidArgumentError,
     ItemNotFoundError,
     NoValidCheckpointError,
     StructureMismatchError,
@@ -328,6 +329,22 @@ def test_the_single_item_is_restored_into_a_state(saved_run: Path) -> None:
         assert typed_bits(ours.restore(make_tree(0), step=1)) == typed_bits(make_tree(1))
         named = ours.restore({"default": make_tree(0)})
         assert typed_bits(named) == typed_bits({"default": make_tree(3)})
+
+
+@pytest.mark.parametrize("begin", ["", "default/"])
+def test_leaves_of_the_single_item_are_renamed(saved_run: Path, begin: str) -> None:
+    """A path in rename= may begin with the single item or leave it out; one that renames nothing is an error."""
+    manager, saved = CheckpointManager(saved_run), make_tree(3)
+    like = {**saved, "params": {"kernel": saved["params"]["w"] * 0, "b": saved["params"]["b"]}}
+    rename = {f"{begin}params/w": f"{begin}params/kernel"}
+    named = manager.restore({"default": like}, rename=rename)
+    for restored in (manager.restore(like, rename=rename), named["default"]):
+        np.testing.assert_array_equal(restored["params"]["kernel"], saved["params"]["w"])
+    moved = {"new" if name == "params" else name: part for name, part in saved.items()}
+    restored = manager.restore(moved, rename={f"{begin}params": f"{begin}new"})
+    np.testing.assert_array_equal(restored["new"]["w"], saved["params"]["w"])
+    with pytest.raises(InvalidArgumentError, match="nothing is saved at 'default/params/v'"):
+        manager.restore(like, rename={f"{begin}params/v": f"{begin}params/kernel"})
 
 
 def test_a_hook_resumes_from_a_run(run: Path) -> None:
