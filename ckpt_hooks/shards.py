@@ -123,7 +123,9 @@ def _joined(parts: Parts, arrays: list[jax.Array]) -> jax.Array:
 
 def are_undecided(likes: Collection[Any]) -> bool:
     """Whether there is an abstract array that says nothing of devices."""
-    return bool([like for like in likes if type(like) is jax.ShapeDtypeStruct and _names_no_devices(like.sharding)])
+    shardings = [like.sharding for like in likes if type(like) is jax.ShapeDtypeStruct]
+    distinct = {id(sharding): sharding for sharding in shardings}  # thousands of leaves share a few
+    return any(map(_names_no_devices, distinct.values()))
 
 
 def _names_no_devices(sharding: Any) -> bool:
