@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -413,6 +413,19 @@ def test_options_of_the_items_directories(tmp_path: Path, kind: Any) -> None:
         os.umask(old)
     assert (tmp_path / "c" / "a").stat().st_mode & 0o777 == 0o750
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700
+    assert restore(tmp_path / "c").a == "default<default:x"
+
+
+def test_a_path_class_of_the_items_takes_what_it_takes(tmp_path: Path) -> None:
+    """One whose `from_final` knows no `multiprocessing_options`, as Orbax's do not, is not given them."""
+
+    class OrbaxStyle(NestedTemporaryPath):
+        @classmethod
+        def from_final(cls, final_path: Any, *, file_options: Any = None) -> Self:  # type: ignore[override]
+            return super().from_final(final_path, file_options=file_options)
+
+    handler = CompositeCheckpointHandler(composite_options=CompositeOptions(temporary_path_class=OrbaxStyle))
+    save(tmp_path / "c", handler, a=LabelSave("x"))
     assert restore(tmp_path / "c").a == "default<default:x"
 
 

@@ -40,7 +40,7 @@ from ckpt_hooks.storage.checksums import FILE as CHECKSUMS_FILE
 from ckpt_hooks.storage.checksums import FileChecksums
 from ckpt_hooks.storage.commit import COMMIT_MARKER, TMP_SUFFIX
 from ckpt_hooks.storage.lookup import is_directory
-from ckpt_hooks.temporary_paths import FileOptions, NestedTemporaryPath, TemporaryPath
+from ckpt_hooks.temporary_paths import FileOptions, NestedTemporaryPath, TemporaryPath, accepted_options
 from ckpt_hooks.tree import METADATA_FILE as TREE_METADATA_FILE
 from ckpt_hooks.tree import is_it
 
@@ -151,7 +151,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
     ) -> None:
         if handler_registry is not None and (item_names or items_and_handlers):
             raise InvalidArgumentError("give a handler_registry, or items and handlers, not both")
-        self._options = composite_options or CompositeOptions()
+        self._use(composite_options or CompositeOptions())
         self._registry = handler_registry or DefaultCheckpointHandlerRegistry()
         self._registered_items = [name for name, _ in self._registry.get_all_entries()]
         given = {name: handler for name, handler in items_and_handlers.items() if handler is not None}
@@ -160,9 +160,13 @@ class CompositeCheckpointHandler(CheckpointHandler):
         self._unfinished: dict[str, TemporaryPath] = {}
 
     def take_part(self, options: MultiprocessingOptions) -> None:
-        self._options = dataclasses.replace(self._options, multiprocessing_options=options)
+        self._use(dataclasses.replace(self._options, multiprocessing_options=options))
         for handler in self._all_handlers():
             method_of(handler, "take_part")(options)
+
+    def _use(self, options: CompositeOptions) -> None:
+        given = {"file_options": options.file_options, "multiprocessing_options": options.multiprocessing_options}
+        self._options, self._path_options = options, accepted_options(options.temporary_path_class, given)
 
     # -------------------------------------------------------------- saving
 
@@ -196,11 +200,7 @@ class CompositeCheckpointHandler(CheckpointHandler):
     def _begin_items(self, staged: Mapping[str, StagedSave], directory: epath.Path) -> None:
         self._unfinished = {}
         for name, item in staged.items():
-            temporary = self._options.temporary_path_class.from_final(
-                directory / name,
-                file_options=self._options.file_options,
-                multiprocessing_options=self._options.multiprocessing_options,
-            )
+            temporary = self._options.temporary_path_class.from_final(directory / name, **self._path_options)
             path = temporary.create()
             self._unfinished[name] = temporary
             if item.begin is not None:
