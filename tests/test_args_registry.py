@@ -371,7 +371,7 @@ class OldAsyncHandler(OldHandler):
 
     def __init__(self, pool: concurrent.futures.Executor) -> None:
         super().__init__()
-        self.gate = threading.Event()
+        self.gate, self.awaited = threading.Event(), threading.Event()
         self._pool = pool
 
     def save(self, directory: epath.Path, text: str, *, ending: str = "") -> None:
@@ -380,10 +380,17 @@ class OldAsyncHandler(OldHandler):
 
     async def async_save(self, directory: epath.Path, text: str, *, ending: str = "") -> list[Any]:
         self.calls.append("async_save")
-        return [self._pool.submit(self._write, directory, text + ending)]
+        self._future = self._pool.submit(self._write, directory, text + ending)
+        return [self]
+
+    def result(self) -> None:
+        """Of the future: it comes to its end once it is waited for, lest who does not wait be lucky."""
+        assert self.gate.wait(DEADLINE_SECS)
+        self.awaited.set()
+        self._future.result()
 
     def _write(self, directory: epath.Path, text: str) -> None:
-        assert self.gate.wait(DEADLINE_SECS)
+        assert self.awaited.wait(DEADLINE_SECS)
         super().save(directory, text)
 
 
