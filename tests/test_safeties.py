@@ -70,6 +70,18 @@ def test_a_commit_gives_the_lock_back(tmp_path: Path, path_class: type[Temporary
     assert temporary.get_final().is_dir()
 
 
+def test_a_leftover_that_cannot_be_removed_is_not_kept_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has failed to remove what a dead writer left keeps nobody from it, also while the error is held."""
+    temporary = AtomicRenameTemporaryPath.from_final(tmp_path / "7")
+    leftover = tmp_path / "7.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    fail(monkeypatch, commit, "remove_tree", errno.EIO)
+    with pytest.raises(OSError, match="Input/output") as held:
+        temporary.create()
+    DirectoryLock(str(leftover)).release()
+    assert held.value.__traceback__ is not None
+
+
 def test_a_checkpoint_without_items_has_parts_and_no_objects(tmp_path: Path) -> None:
     """A checkpoint that is one pytree has no item that belongs to an object, and says so; its keys stand for items."""
     with Checkpointer(StandardCheckpointHandler()) as checkpointer:
